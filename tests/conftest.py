@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tsrfast import _native
+
+try:
+    from tsrfast import _emu
+except ImportError:
+    _emu = None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The big grids run only when the command line asks for markers itself (-m slow, -m "slow or not slow")."""
+    if not config.option.markexpr:
+        slow = [i for i in items if "slow" in i.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [i for i in items if "slow" not in i.keywords]
+
+
+@pytest.fixture(params=["cpu", "emu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each kernel three ways: the CPU twin, the CUDA source emulated on the CPU, the CUDA kernel."""
+    if request.param == "emu":
+        if _emu is None:
+            pytest.skip("tsrfast._emu is not built (-C cmake.define.TSRFAST_EMU=ON)")
+        monkeypatch.setattr(_native, "emulator", _emu)
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture(params=_native._C.isa_levels())
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set this CPU can run."""
+    before = _native._C.isa()
+    _native.set_isa(request.param)
+    yield request.param
+    _native.set_isa(before)
+
+
+@pytest.fixture
+def assert_as_exact() -> Callable[..., None]:
+    """A kernel may be at most `factor` times as far from the float64 reference as the same reference in its own dtype."""
+
+    def check(got: torch.Tensor, reference: Callable[..., torch.Tensor], *args: object, factor: float = 2.0, **kw: object) -> None:
+        def double(a: object) -> object:
+            return a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+
+        exact = reference(*map(double, args), **{k: double(v) for k, v in kw.items()})
+        plain = reference(*args, **kw)
+        assert got.dtype == plain.dtype
+        assert got.shape == plain.shape
+        if got.numel() == 0:
+            return
+        # One rounding of the largest value: the reference may happen to be exact on a small input.
+        floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) / 2
+        err, allowed = float((got.double() - exact).abs().max()), factor * float((plain.double() - exact).abs().max()) + floor
+        assert err <= allowed, f"max error {err:.3e}, allowed {allowed:.3e}"  # False for NaN as well
+
+    return check

@@ -1,0 +1,52 @@
+"""Files appear whole or not at all: written beside their final name, flushed, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tsrfast.errors import EnvironmentFault
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in `path`'s folder; rename it to `path` on success, remove it on failure.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made or written, or the disk is full.
+    """
+    final = Path(path)
+    temp: Path | None = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part")
+        os.close(handle)
+        temp = Path(name)
+        yield temp
+        with open(temp, "rb") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temp, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temp, final)
+    except OSError as e:
+        if temp is not None:
+            temp.unlink(missing_ok=True)
+        raise EnvironmentFault(f"cannot write {final}: {e.strerror or e}") from e
+    except BaseException:
+        if temp is not None:
+            temp.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path` by atomic rename.
+
+    Raises:
+        EnvironmentFault: as `atomic_path`.
+    """
+    with atomic_path(path) as temp:
+        temp.write_bytes(data.encode() if isinstance(data, str) else data)

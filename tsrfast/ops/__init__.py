@@ -1,0 +1,18 @@
+"""The native operators: check, allocate, call. Each is `tsrfast.reference`'s function of the same name, faster."""
+
+from tsrfast.ops.channel_correlation import CorrelationState, channel_correlation, merge
+from tsrfast.ops.pgd_step import pgd_step, pgd_step_
+from tsrfast.ops.philox_uniform import philox_uniform
+from tsrfast.ops.relu_gate import gated_relu, relu_gate, relu_gate_backward
+
+__all__ = [
+    "CorrelationState",
+    "channel_correlation",
+    "gated_relu",
+    "merge",
+    "pgd_step",
+    "pgd_step_",
+    "philox_uniform",
+    "relu_gate",
+    "relu_gate_backward",
+]
