@@ -1,0 +1,146 @@
+"""What an attack increases: one value an image, and whether the image counts as adversarial.
+
+Every loss is a small object called as ``loss(x, logits, y)`` with the iterate x (pixels in [0, 1]), the attacked model's logits
+there, and the labels; the oracle losses of the teacher-student setting evaluate their teacher at the same x. Losses are summed,
+not averaged, over images, so that an image's step does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tsrfast.errors import InputError, unknown
+
+
+class Loss:
+    """Base of all losses: ``loss(x, logits, y) -> (value [N], adversarial [N] bool)``."""
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+    """Whether `y` must be given."""
+
+    def models(self) -> tuple[nn.Module, ...]:
+        """Networks the loss evaluates besides the attacked one."""
+        return ()
+
+    def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{type(self).__name__} must define __call__(x, logits, y)")
+
+
+def _gap(logits: Tensor, label: Tensor) -> Tensor:
+    """max_{k != label} z_k - z_label."""
+    here = label[:, None]
+    return logits.scatter(1, here, -torch.inf).amax(1) - logits.gather(1, here).squeeze(1)
+
+
+def _wrong(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.detach().argmax(1) != y
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """CE(s(x'), y) (Madry et al. 2018). Adversarial: argmax s(x') != y."""
+
+    name: ClassVar[str] = "cross_entropy"
+    needs_labels: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert y is not None
+        return F.cross_entropy(logits, y, reduction="none"), _wrong(logits, y)
+
+
+@dataclass(frozen=True)
+class Margin(Loss):
+    """max_{k != y} s_k - s_y, the linf form of Carlini & Wagner (2017). Adversarial: argmax s(x') != y."""
+
+    name: ClassVar[str] = "margin"
+    needs_labels: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert y is not None
+        return _gap(logits, y), _wrong(logits, y)
+
+
+@dataclass(frozen=True)
+class _Oracle(Loss):
+    """Losses against a teacher evaluated at the same x'. Adversarial: argmax s(x') != argmax t(x') (paper, section 5.4)."""
+
+    teacher: nn.Module
+
+    def models(self) -> tuple[nn.Module, ...]:
+        return (self.teacher,)
+
+    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define value(student, teacher)")
+
+    def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        teacher = self.teacher(x)
+        if teacher.shape != logits.shape:
+            raise InputError(
+                f"tsrfast.attacks: teacher must give the student's logits {tuple(logits.shape)}, got {tuple(teacher.shape)}"
+            )
+        return self.value(logits, teacher), _wrong(logits, teacher.detach().argmax(1))
+
+
+@dataclass(frozen=True)
+class OracleL2(_Oracle):
+    """|s(x') - t(x')|^2, gradient through both networks: the oracle-adversarial example of the paper, eq. 3."""
+
+    name: ClassVar[str] = "oracle_l2"
+
+    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).square().sum(1)
+
+
+@dataclass(frozen=True)
+class OracleCrossEntropy(_Oracle):
+    """CE(s(x'), argmax t(x')): the oracle's label of the adversarial image itself; the gradient goes through s only."""
+
+    name: ClassVar[str] = "oracle_cross_entropy"
+
+    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.cross_entropy(student, teacher.detach().argmax(1), reduction="none")
+
+
+@dataclass(frozen=True)
+class OracleMargin(_Oracle):
+    """max_{k != c} s_k - s_c at c = argmax t(x'): Carlini & Wagner's objective in the oracle setting (Table 1, row CW)."""
+
+    name: ClassVar[str] = "oracle_margin"
+
+    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return _gap(student, teacher.detach().argmax(1))
+
+
+@dataclass(frozen=True)
+class OracleKL(_Oracle):
+    """KL(softmax t(x') || softmax s(x')), gradient through both networks."""
+
+    name: ClassVar[str] = "oracle_kl"
+
+    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+        t = teacher.log_softmax(1)
+        return (t.exp() * (t - student.log_softmax(1))).sum(1)
+
+
+BY_NAME: dict[str, Loss] = {loss.name: loss for loss in (CrossEntropy(), Margin())}
+
+
+def resolve(loss: str | Loss) -> Loss:
+    """The loss of that name, or the object itself.
+
+    Raises:
+        InputError: unknown name, or something that is no loss.
+    """
+    if isinstance(loss, str):
+        if loss not in BY_NAME:
+            raise unknown("loss", loss, BY_NAME)
+        return BY_NAME[loss]
+    if not isinstance(loss, Loss):
+        raise InputError(f"tsrfast.attacks: loss must be a name ({', '.join(BY_NAME)}) or a Loss, got {type(loss).__name__}")
+    return loss

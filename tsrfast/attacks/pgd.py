@@ -1,0 +1,75 @@
+"""Projected gradient descent (Madry et al. 2018), the attack of the paper (section 5.1: 40 steps of 0.01, eps = 10/255, linf)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tsrfast.attacks.attack import Attack
+from tsrfast.attacks.loop import Plan, StepState
+from tsrfast.attacks.losses import Loss, resolve
+from tsrfast.attacks.threat import Threat, check_radius
+from tsrfast.errors import InputError, unknown
+
+
+@dataclass(frozen=True, eq=False)
+class PGD(Attack):
+    """Multi-step projected gradient ascent on a loss.
+
+    Args:
+        norm: ``linf`` (signed steps), ``l2`` (normalised gradient), ``l1`` (sparse steps; see `tsrfast.ops.pgd_step`).
+        eps: radius in that norm, in pixel units of [0, 1]; a number or ``[N]``.
+        step_size: length of a step, likewise.
+        steps: number of steps, >= 0.
+        loss: ``cross_entropy``, ``margin``, or a `Loss` such as ``OracleL2(teacher)``.
+        random_start: begin at a random point of the ball (a function of `seed`, image number and restart alone).
+        restarts: independent attempts; each image keeps its best (adversarial first, then by loss).
+        targeted: `y` are targets to be reached.
+        keep: ``last`` iterate, or the ``best`` over all.
+        seed: key of the random starts.
+        lo, hi: the pixel box.
+        on_step: called with a `StepState` at each step.
+
+    Raises:
+        InputError: a value that is not allowed.
+    """
+
+    norm: str = "linf"
+    eps: float | Tensor = 8 / 255
+    step_size: float | Tensor = 2 / 255
+    steps: int = 10
+    loss: str | Loss = "cross_entropy"
+    random_start: bool = True
+    restarts: int = 1
+    targeted: bool = False
+    keep: str = "last"
+    seed: int = 0
+    lo: float = 0.0
+    hi: float = 1.0
+    on_step: Callable[[StepState], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._plan()
+
+    def _plan(self) -> Plan:
+        threat = Threat(self.norm, self.eps, self.lo, self.hi)
+        check_radius("step_size", self.step_size)
+        for name, value, least in (("steps", self.steps, 0), ("restarts", self.restarts, 1)):
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"tsrfast.attacks: {name} must be an integer >= {least}, got {value!r}")
+        if self.keep not in ("last", "best"):
+            raise unknown("keep", self.keep, ("last", "best"))
+        return Plan(
+            threat,
+            resolve(self.loss),
+            self.step_size,
+            self.steps,
+            self.restarts,
+            self.random_start,
+            self.targeted,
+            self.keep,
+            self.seed,
+            self.on_step,
+        )
