@@ -1,0 +1,1 @@
+"""The experiment suite: stages whose results are kept under the hash of their configuration, experiments, and the report."""
