@@ -46,7 +46,9 @@ def isa(request: pytest.FixtureRequest) -> str:
 def assert_as_exact() -> Callable[..., None]:
     """A kernel may be at most `factor` times as far from the float64 reference as the same reference in its own dtype."""
 
-    def check(got: torch.Tensor, reference: Callable[..., torch.Tensor], *args: object, factor: float = 2.0, **kw: object) -> None:
+    def check(
+        got: torch.Tensor, reference: Callable[..., torch.Tensor], *args: object, factor: float = 2.0, **kw: object
+    ) -> None:
         def double(a: object) -> object:
             return a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
 

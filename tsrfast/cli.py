@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,10 @@ import typer
 from tsrfast.errors import EnvironmentFault, InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fast adversarial attacks and specialization analysis."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fast adversarial attacks and specialization analysis.",
 )
 
 
@@ -34,13 +36,21 @@ def info() -> None:
 
 @app.command()
 def reproduce(
-    experiments: Annotated[list[str] | None, typer.Argument(help="fig2 fig3 fig4 table1 table3; all when none is named.")] = None,
-    preset: Annotated[str, typer.Option(help="Size of the run: smoke (a minute), quick (some minutes), paper (for a GPU).")] = "quick",
+    experiments: Annotated[
+        list[str] | None, typer.Argument(help="fig2 fig3 fig4 table1 table3; all when none is named.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Size of the run: smoke (a minute), quick (some minutes), paper (for a GPU).")
+    ] = "quick",
     data: Annotated[str, typer.Option(help="synthetic, cifar10:PATH or folder:PATH.")] = "synthetic",
-    out: Annotated[Path, typer.Option(help="Folder for report and results; used again, it goes on where it was.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder for report and results; used again, it goes on where it was.")] = Path(
+        "runs/reproduce"
+    ),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting of the preset: key=value, repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting of the preset: key=value, repeatable.")
+    ] = None,
 ) -> None:
     """Reproduce tables and figures of the paper beside the published numbers."""
     from tsrfast.suite.presets import preset as choose_preset
@@ -50,9 +60,15 @@ def reproduce(
 
     reporter = Reporter()
     if data == "synthetic":
-        reporter.say("synthetic images; for real ones: --data cifar10:PATH (batches folder, cifar-10-python.tar.gz or parquet files)")
-    report = run(experiments or [], choose_preset(preset, set_ or []), data, out, choose_device(device), seed, reporter)
-    print(report)
+        reporter.say(
+            "synthetic images; for real ones: --data cifar10:PATH (batches folder, cifar-10-python.tar.gz or parquet files)"
+        )
+    chosen, where = choose_preset(preset, set_ or []), choose_device(device)
+    try:
+        print(run(experiments or [], chosen, data, out, where, seed, reporter))
+    except KeyboardInterrupt:  # here, because typer turns those that reach it into a silent exit
+        print("tsrfast: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -73,11 +89,6 @@ def main() -> None:
     except EnvironmentFault as e:
         print(f"tsrfast: {e}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("tsrfast: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // The one place that knows how a kernel is started. No other file uses <<<...>>>.
 //
-// Kernels that are templates take their shared memory as TSR_DYNAMIC_SHARED: the emulator fills it with NaN before
-// every block, which it cannot do for static arrays of templates.
+// Kernels take their shared memory as TSR_DYNAMIC_SHARED: the emulator fills it with NaN before every block, which it
+// cannot do for static arrays of templates.
 #pragma once
 #include <cstdint>
 #ifdef TSR_EMU

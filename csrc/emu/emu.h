@@ -1,12 +1,15 @@
-// Run CUDA kernels on the CPU, one block at a time, one fiber per thread.
+// CUDA on a CPU, for tests: one block at a time, one fiber a thread. cuda/launch.cuh includes this under -DTSR_EMU; the
+// .cu files are then compiled as C++ (CMakeLists.txt: _emu, emu_check) and their kernels run as they are written.
 //
-// Compile the .cu with:  g++ -x c++ -std=c++17 -DTSR_EMU -include emu.h file.cu
-// Under nvcc this header is not used at all. What is emulated: __global__/__device__/__host__, __shared__
-// (static, function local), dynamic shared memory (EMU_DYNAMIC_SHARED below), threadIdx/blockIdx/blockDim/gridDim,
-// __syncthreads(+_or/_and/_count), __syncwarp, warp shuffles, ballot/any/all, atomics, and mma_m16n8k16_bf16.
-// Fibers of one block run on one OS thread, cooperatively: a fiber runs until it reaches a barrier or a warp
-// collective, so plain data races that need true concurrency are not seen, but a missing barrier usually is
-// (run with EMU_ORDER=reverse / random to change the interleaving).
+// There are threadIdx and its kin, __syncthreads (also _or, _and, _count), __syncwarp, shuffles, votes, atomics,
+// dynamic shared memory (TSR_DYNAMIC_SHARED; no static __shared__, which could not be refilled for kernels that are
+// templates) and mma_m16n8k16_bf16.
+//
+// A fiber runs until it waits at a barrier or a warp collective, so a race that needs two threads at once is not seen,
+// but a missing barrier is: EMU_ORDER=forward | reverse | random changes who runs first, and random lets warps drift
+// apart. Shared memory is full of NaN when a block starts. Waiting for threads that never come, lanes that a mask does
+// not name, and writing past the shared memory that was asked for (reading too, under AddressSanitizer) are errors.
+// Blocks follow each other, so races between blocks are not seen; nor is anything about speed or memory order.
 #pragma once
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -32,18 +35,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// One block runs at a time, so one static copy is one block's copy. The named section lets run_block() find and
-// poison all of it before each block; kernels that are templates need -DEMU_NO_POISON (GCC cannot mix COMDAT and
-// plain variables in one named section).
-#ifdef EMU_NO_POISON
-#define __shared__ static
-#else
-#define __shared__ static __attribute__((section("emu_shared")))
-extern "C" {
-extern char __start_emu_shared[] __attribute__((weak));
-extern char __stop_emu_shared[] __attribute__((weak));
-}
-#endif
 #define __restrict__ __restrict
 #define __CUDA_ARCH__ 900
 
@@ -118,13 +109,12 @@ struct Block {
   size_t stack_bytes = 64 * 1024;
   void* main_sp = nullptr;
   const std::function<void()>* body = nullptr;
-  std::vector<char> dyn;
+  char* shared = nullptr;  // the dynamic shared memory of the block that runs
   int bar_or = 0, bar_and = 1, bar_count = 0, bar_or_r = 0, bar_and_r = 1, bar_count_r = 0;
   uint64_t switches = 0, barriers = 0;
   std::exception_ptr error;
 };
-inline thread_local Block
-    B;  // thread_local: blocks can be spread over OS threads only if the kernel has no static shared memory
+inline thread_local Block B;  // of the OS thread that launched it
 
 [[noreturn]] inline void die(const char* what) { throw std::runtime_error(std::string("emu: ") + what); }
 inline void yield(Wait w) {
@@ -198,13 +188,40 @@ inline int order_mode() {
   return !e ? 0 : !std::strcmp(e, "reverse") ? 1 : !std::strcmp(e, "random") ? 2 : 0;
 }
 
-// Plain byte loop, not memset: under AddressSanitizer the section also holds red zones.
-#if defined(__GNUC__)
-__attribute__((no_sanitize("address"), noinline))
+// Exactly as many bytes as a launch asked for, then a fence: poisoned under AddressSanitizer, else looked at
+// afterwards.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) : bytes_(bytes), all_((bytes + 2 * kAlign - 1) / kAlign * kAlign) {
+    B.shared = static_cast<char*>(std::aligned_alloc(kAlign, all_));
+    if (!B.shared) die("no memory for shared memory");
+    std::memset(B.shared, kFence, all_);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(B.shared + bytes_, all_ - bytes_);
 #endif
-inline void poison(char* lo, char* hi) {
-  for (volatile char* p = lo; p < hi; ++p) *p = char(0xFF);
-}
+  }
+  ~SharedMemory() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(B.shared, all_);
+#endif
+    std::free(B.shared);
+    B.shared = nullptr;
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  void before_block() { std::memset(B.shared, 0xFF, bytes_); }  // all ones is NaN in every float type
+  void after_block() const {
+#ifndef __SANITIZE_ADDRESS__
+    for (size_t i = bytes_; i < all_; ++i)
+      if (B.shared[i] != kFence) die("a thread wrote past the end of the shared memory");
+#endif
+  }
+
+ private:
+  static constexpr size_t kAlign = 128;
+  static constexpr char kFence = 0x5A;
+  size_t bytes_, all_;
+};
 
 inline void run_block(const std::function<void()>& body) {
   B.body = &body;
@@ -324,19 +341,16 @@ void launch(dim3 grid, dim3 block, size_t dyn_bytes, F&& fn) {
   B.block = block;
   B.n = block.x * block.y * block.z;
   if (B.n < 1 || B.n > 1024) die("block size must be 1..1024");
-  B.dyn.resize(dyn_bytes + 128);
+  SharedMemory shared(dyn_bytes);
   std::function<void()> body = fn;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         B.bid = {x, y, z};
-        std::memset(B.dyn.data(), 0xFF,
-                    B.dyn.size());  // shared memory starts undefined: all ones is NaN as float and bf16
-#ifndef EMU_NO_POISON
-        if (__start_emu_shared) poison(__start_emu_shared, __stop_emu_shared);
-#endif
+        shared.before_block();
         try {
           run_block(body);
+          shared.after_block();
         } catch (const std::exception& e) {
           char at[96];
           std::snprintf(at, sizeof at, " [block (%u,%u,%u), thread %d]", x, y, z, B.cur);
@@ -421,9 +435,9 @@ inline T __shfl_up_sync(uint32_t m, T v, int d, int width = 32) {
 }
 inline uint32_t __ballot_sync(uint32_t m, int p) {
   return emu::collect<int>(m, p != 0, 6, [&](int w) {
-    int r = 0;
+    uint32_t r = 0;
     for (int l = 0; l < 32; ++l)
-      if (m >> l & 1) r |= emu::slot_of<int>(w + l) << l;
+      if (m >> l & 1) r |= uint32_t(emu::slot_of<int>(w + l)) << l;
     return r;
   });
 }
@@ -483,5 +497,4 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 
 // extern __shared__ float buf[];  ->  EMU_DYNAMIC_SHARED(float, buf);
-#define EMU_DYNAMIC_SHARED(T, name) \
-  T* name = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(emu::B.dyn.data()) + 127) & ~uintptr_t(127))
+#define EMU_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emu::B.shared)

@@ -156,7 +156,9 @@ def test_random_starts_fill_their_balls():
     x = torch.full((256, 1, 5, 5), 0.5)
     model = nn.Flatten()
     for norm, p in (("l2", 2), ("l1", 1)):
-        r = (PGD(norm=norm, eps=0.2, step_size=0, steps=0, loss=OracleL2(model))(model, x) - x).flatten(1).norm(p=p, dim=1) / 0.2
+        r = (PGD(norm=norm, eps=0.2, step_size=0, steps=0, loss=OracleL2(model))(model, x) - x).flatten(1).norm(
+            p=p, dim=1
+        ) / 0.2
         u = r**25
         assert r.max() <= 1 + 1e-6
         assert abs(u.mean() - 0.5) < 5 * 12**-0.5 / 16
@@ -187,7 +189,9 @@ def test_targeted_lowers_the_loss_of_the_target():
 
 def test_more_steps_are_stronger_on_average():
     student, teacher, (x, _) = net(), net(1), batch(32)
-    losses = [PGD(steps=k, loss=OracleL2(teacher), eps=0.05, step_size=0.005).run(student, x).loss.mean() for k in (0, 2, 8, 20)]
+    losses = [
+        PGD(steps=k, loss=OracleL2(teacher), eps=0.05, step_size=0.005).run(student, x).loss.mean() for k in (0, 2, 8, 20)
+    ]
     assert losses == sorted(losses)
 
 
@@ -212,7 +216,10 @@ def test_student_equal_to_its_teacher_is_left_at_the_random_start():
     ("loss", "formula"),
     [
         (OracleCrossEntropy, lambda s, t: F.cross_entropy(s, t.argmax(1), reduction="none")),
-        (OracleMargin, lambda s, t: torch.stack([max(r[k] for k in range(10) if k != c) - r[c] for r, c in zip(s, t.argmax(1))])),
+        (
+            OracleMargin,
+            lambda s, t: torch.stack([max(r[k] for k in range(10) if k != c) - r[c] for r, c in zip(s, t.argmax(1), strict=True)]),
+        ),
         (OracleKL, lambda s, t: F.kl_div(s.log_softmax(1), t.softmax(1), reduction="none").sum(1)),
         (OracleL2, lambda s, t: ((s - t) ** 2).sum(1)),
     ],
@@ -235,7 +242,9 @@ class Moody(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10)
+        )
         self.body[0].weight.requires_grad_(False)
 
     def forward(self, x):

@@ -73,7 +73,9 @@ def test_per_image_eps_and_step(norm, device):
     scale = torch.tensor([0.0, 0.5, 2.0], device=device)
     got = step(*args, norm=norm, eps=eps * scale, step_size=size * scale)
     for i, s in enumerate(scale.tolist()):
-        one = step(*(t[i : i + 1] for t in args), norm=norm, eps=float(np.float32(eps * s)), step_size=float(np.float32(size * s)))
+        one = step(
+            *(t[i : i + 1] for t in args), norm=norm, eps=float(np.float32(eps * s)), step_size=float(np.float32(size * s))
+        )
         torch.testing.assert_close(got[i : i + 1], one, rtol=0, atol=1e-6)
 
 
@@ -210,7 +212,10 @@ def test_empty_batch(norm, device):
     [
         ({"x0": lambda t: t[:1]}, r"x0 must have x's shape \(2, 8\), got \(1, 8\)"),
         ({"g": lambda t: t.double()}, "g must be torch.float32 as x is, got torch.float64"),
-        ({"x": lambda t: t.int(), "x0": lambda t: t.int(), "g": lambda t: t.int()}, "x must be float32, bfloat16.*got torch.int32"),
+        (
+            {"x": lambda t: t.int(), "x0": lambda t: t.int(), "g": lambda t: t.int()},
+            "x must be float32, bfloat16.*got torch.int32",
+        ),
         ({"g": lambda t: t.t().contiguous().t()}, r"g must have x's strides \(8, 1\), got \(1, 2\)"),
         ({"x": lambda t: t[:, :1].expand(2, 8)}, "x must be dense"),
         ({"eps": -0.1}, "eps must be >= 0, got -0.1"),

@@ -96,7 +96,9 @@ def _evaluate(model: nn.Module, plan: Plan, x: Tensor, y: Tensor | None, first: 
     return logits, value, ~adversarial if plan.targeted else adversarial
 
 
-def run_loop(model: nn.Module, plan: Plan, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> tuple[Best, Tensor, int]:
+def run_loop(
+    model: nn.Module, plan: Plan, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool
+) -> tuple[Best, Tensor, int]:
     """Attack a batch.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ NORMS = {"linf": 0, "l2": 1, "l1": 2}
 
 
 def _run(
+    out: Tensor,
     x: Tensor,
     x0: Tensor,
     g: Tensor,
@@ -28,7 +30,6 @@ def _run(
     hi: float,
     targeted: bool,
     sparsity: float,
-    out: Tensor,
 ) -> Tensor:
     check_dtype("pgd_step", "x", x)
     check_like("pgd_step", "x", x, x0=x0, g=g)
@@ -51,9 +52,13 @@ def _run(
     return bad
 
 
-def _out_of_place(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+def _out_of_place(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x)
-    return out, _run(x, *args, out)  # type: ignore[arg-type]
+    return out, _run(out, x, *args)
+
+
+def _in_place(x: Tensor, *args: Any) -> Tensor:
+    return _run(x, x, *args)
 
 
 _SCALARS = (
@@ -67,7 +72,7 @@ _op = register(
 )
 _op_ = register(
     f"pgd_step_(Tensor(a!) x, {_SCALARS}) -> Tensor",
-    lambda x, *args: _run(x, *args, x),
+    _in_place,
     lambda x, *_: x.new_empty(x.shape[0], dtype=torch.int64),
 )
 

@@ -15,9 +15,7 @@ def _kernel(seed: int, index: Tensor, count: int, draw: int) -> Tensor:
     if index.ndim != 1 or not index.is_contiguous():
         raise InputError(f"tsrfast.philox_uniform: index must be contiguous [N], got shape {tuple(index.shape)}")
     out = index.new_empty((index.shape[0], count), dtype=torch.float32)
-    _native.call(
-        "philox_uniform", index, index.data_ptr(), out.data_ptr(), index.shape[0], count, seed & (2**64 - 1), draw
-    )
+    _native.call("philox_uniform", index, index.data_ptr(), out.data_ptr(), index.shape[0], count, seed & (2**64 - 1), draw)
     return out
 
 

@@ -40,9 +40,7 @@ def _empty_gate(z: Tensor) -> Tensor:
 def _forward(z: Tensor) -> tuple[Tensor, Tensor]:
     _check("relu_gate", "z", z)
     a, gate = torch.empty_like(z), _empty_gate(z)
-    _native.call(
-        "relu_gate", z, z.data_ptr(), a.data_ptr(), gate.data_ptr(), z.shape[0], _units(z), _native.DTYPES[z.dtype]
-    )
+    _native.call("relu_gate", z, z.data_ptr(), a.data_ptr(), gate.data_ptr(), z.shape[0], _units(z), _native.DTYPES[z.dtype])
     return a, gate
 
 
@@ -61,9 +59,7 @@ def _backward(v: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
-_relu_gate = register(
-    "relu_gate(Tensor z) -> (Tensor, Tensor)", _forward, lambda z: (torch.empty_like(z), _empty_gate(z))
-)
+_relu_gate = register("relu_gate(Tensor z) -> (Tensor, Tensor)", _forward, lambda z: (torch.empty_like(z), _empty_gate(z)))
 _relu_gate_backward = register(
     "relu_gate_backward(Tensor v, Tensor gate) -> Tensor", _backward, lambda v, gate: torch.empty_like(v)
 )

@@ -22,6 +22,9 @@ from tsrfast.suite.progress import Reporter
 from tsrfast.suite.stages import AttackSpec
 from tsrfast.suite.store import Artifact, Store
 
+# Training modes as the paper writes them.
+MODES = {"at_oracle": "AT", "st_logit": "ST", "st_label": "ST-label"}
+
 
 @dataclass(frozen=True)
 class Student:
@@ -40,7 +43,7 @@ class Student:
     @property
     def name(self) -> str:
         """As the paper writes it: AT(50), ST(300)."""
-        return f"{ {'at_oracle': 'AT', 'st_logit': 'ST', 'st_label': 'ST-label'}[self.mode] }({self.epoch})".replace(" ", "")
+        return f"{MODES[self.mode]}({self.epoch})"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,11 @@ class Accuracy:
 class Lab:
     """One configuration of the suite: data, preset, seed, device, store."""
 
-    def __init__(self, data: Dataset, preset: Preset, seed: int, device: torch.device, store: Store, reporter: Reporter) -> None:
-        self.data, self.preset, self.seed, self.device, self.store, self.reporter = data, preset, seed, device, store, reporter
+    def __init__(
+        self, data: Dataset, preset: Preset, seed: int, device: torch.device, store: Store, reporter: Reporter
+    ) -> None:
+        self.data, self.preset, self.seed, self.device = data, preset, seed, device
+        self.store, self.reporter = store, reporter
 
     def derive(self, *what: object) -> int:
         """A seed of its own for every use: 31 bits of SHA-256 of the run's seed and what it is for."""
@@ -124,7 +130,9 @@ class Lab:
     # --- attacks --------------------------------------------------------------------------------------------------------
 
     @functools.cache  # noqa: B019
-    def predictions(self, students: tuple[Student, ...], attack: AttackSpec, images: int, repetition: int, source: Student | None) -> dict[str, Tensor]:
+    def predictions(
+        self, students: tuple[Student, ...], attack: AttackSpec, images: int, repetition: int, source: Student | None
+    ) -> dict[str, Tensor]:
         """Predictions on adversarial images (see `stages.attack`) made against `source`, or against the one student itself."""
         victim = source or students[0]
         runs = {s.name: self.run_of(s.mode, s.run) for s in dict.fromkeys((victim, *students))}
@@ -163,7 +171,12 @@ class Lab:
         values, n = [], 0
         for r in range(repetitions or self.preset.repetitions):
             p = self.predictions(together or (student,), attack, images or self.preset.eval_images, r, source)
-            wanted = {"t(x')": p["teacher_adversarial"], "t(x)": p["teacher_clean"], "y": p["labels"], "clean": p["teacher_clean"]}
+            wanted = {
+                "t(x')": p["teacher_adversarial"],
+                "t(x)": p["teacher_clean"],
+                "y": p["labels"],
+                "clean": p["teacher_clean"],
+            }
             given = p[f"{'clean' if label == 'clean' else 'adversarial'}/{student.name}"]
             values.append(100 * (given == wanted[label]).double().mean().item())
             n += len(given)
@@ -184,13 +197,16 @@ class Lab:
     def basis(self) -> PatchBasis:
         """PCA of 3x3x3 patches of training images, 17 components (spec 2)."""
         build = functools.partial(stages.analyse_patches, self)
-        return stages.load_basis(self.store.artifact("patches", self._settings("patch_images"), {}, build, resumable=False).folder)
+        return stages.load_basis(
+            self.store.artifact("patches", self._settings("patch_images"), {}, build, resumable=False).folder
+        )
 
     @functools.cache  # noqa: B019
     def subspace(self, student: Student) -> tuple[Tensor, Tensor]:
         """(eps_in, eps_out) between first-layer filters, both acting on raw pixels (normalisations folded; spec 4.3)."""
-        weights = [fold(net).convs[0].weight.detach().cpu() for net in (self.load(self.checkpoint(student)), self.oracle_net)]
-        return subspace_distance(weights[0], weights[1], self.basis)
+        nets = (self.load(self.checkpoint(student)), self.oracle_net)
+        w_student, w_teacher = (fold(net).state_dict()["convs.0.weight"].cpu() for net in nets)
+        return subspace_distance(w_student, w_teacher, self.basis)
 
     def oracle_loss(self, objective: str) -> Loss:
         """The attack's loss of that name, with the oracle as its teacher where it needs one."""

@@ -70,8 +70,16 @@ class Preset:
                     raise InputError(f"--set {f.name}: must be {'>= 0' if least == 0 else 'positive'}, got {value}")
         if len(self.epochs) != len(PAPER_EPOCHS) or list(self.epochs) != sorted(set(self.epochs)) or self.epochs[0] < 1:
             raise InputError(f"--set epochs: must be {len(PAPER_EPOCHS)} increasing positive integers, got {list(self.epochs)}")
+        if min(self.widths) < 1:
+            raise InputError(f"--set widths: must be positive integers, got {list(self.widths)}")
+        if not all(0 <= ratio < 1 for ratio in self.prune_ratios):
+            raise InputError(f"--set prune_ratios: must be numbers in [0, 1), got {list(self.prune_ratios)}")
+        if self.eps > 1:
+            raise InputError(f"--set eps: must be in pixels of [0, 1], got {self.eps}; did you mean {self.eps}/255 = {self.eps / 255:.4f}?")
         if len(self.prune_ratios) != len(self.widths):
-            raise InputError(f"--set prune_ratios: must be {len(self.widths)} numbers, one a layer of widths, got {list(self.prune_ratios)}")
+            raise InputError(
+                f"--set prune_ratios: must be {len(self.widths)} numbers, one a layer of widths, got {list(self.prune_ratios)}"
+            )
         for name in ("teacher_optimizer", "optimizer"):
             if getattr(self, name) not in ("sgd", "adam"):
                 raise unknown("optimizer", getattr(self, name), ("sgd", "adam"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import sys
 import time
@@ -42,10 +43,21 @@ def choose_device(name: str) -> torch.device:
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise EnvironmentFault(f"--device {name}: there is no such CUDA device here ({count} found); --device cpu works everywhere")
+            raise EnvironmentFault(
+                f"--device {name}: there is no such CUDA device here ({count} found); --device cpu works everywhere"
+            )
         if not _native._C.with_cuda:
             raise EnvironmentFault(f"--device {name}: tsrfast was built without CUDA kernels ({_native._C.cuda_note})")
     return device
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with null for every NaN: a quantity that is not defined, such as the correlation of constants."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def reproduce(
@@ -87,12 +99,16 @@ def reproduce(
             "tsrfast": tsrfast.__version__,
             "preset": preset.name,
             "seed": seed,
-            "data": {"name": data.name, "fingerprint": data.fingerprint, "sizes": {"train": len(data.train), "test": len(data.test)}},
+            "data": {
+                "name": data.name,
+                "fingerprint": data.fingerprint,
+                "sizes": {"train": len(data.train), "test": len(data.test)},
+            },
             "device": device.type,
             "settings": dataclasses.asdict(preset),
             "experiments": {name: EXPERIMENTS[name](lab) for name in experiments or EXPERIMENTS},
         }
-        text = json.dumps(results, indent=1, allow_nan=False)
+        text = json.dumps(_without_nan(results), indent=1, allow_nan=False)
         atomic_write(out / "results.json", text)
         run: dict[str, Any] = {
             "started": started,

@@ -17,16 +17,29 @@ from tsrfast._files import atomic_write
 from tsrfast.attacks import PGD, CrossEntropy, Loss, OracleCrossEntropy, OracleKL, OracleL2, OracleMargin
 from tsrfast.data import Split
 from tsrfast.data.augment import Augment
-from tsrfast.nets import ConvReLU, apply_masks, fold, init_, load_checkpoint, prune_masks, save_checkpoint, shrink, student_widths
-from tsrfast.specialization import NormalizedCorrelation, PatchBasis, correlate as correlate_nets, patch_basis
+from tsrfast.nets import (
+    ConvReLU,
+    apply_masks,
+    fold,
+    init_,
+    load_checkpoint,
+    prune_masks,
+    save_checkpoint,
+    shrink,
+    student_widths,
+)
+from tsrfast.specialization import NormalizedCorrelation, PatchBasis, patch_basis
+from tsrfast.specialization import correlate as correlate_nets
 from tsrfast.suite.progress import Update
-from tsrfast.training import OracleAdversarial, TeacherLabels, TeacherLogits, TrainResult, TrueLabels, train
+from tsrfast.training import Objective, OracleAdversarial, TeacherLabels, TeacherLogits, TrueLabels, train
 
 if TYPE_CHECKING:
     from tsrfast.suite.lab import Lab, Student
 
 # The input normalisation of the authors' code (spec 2): inside the first layer of teacher and student.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+CHECKPOINT_EVERY = 10.0  # seconds of training that an interruption may cost
 
 OBJECTIVES: dict[str, Callable[[nn.Module], Loss]] = {
     "oracle_l2": OracleL2,
@@ -90,7 +103,9 @@ def make_oracle(lab: Lab, teacher: Any, folder: Path) -> None:
     atomic_write(folder / "accuracy.json", json.dumps(accuracy))
 
 
-def _train_on_labels(lab: Lab, model: ConvReLU, folder: Path, name: str, epochs: int, lr: str, masks: list[Tensor] | None) -> None:
+def _train_on_labels(
+    lab: Lab, model: ConvReLU, folder: Path, name: str, epochs: int, lr: str, masks: list[Tensor] | None
+) -> None:
     p = lab.preset
     with lab.reporter.task(name) as update:
         train(
@@ -107,18 +122,20 @@ def _train_on_labels(lab: Lab, model: ConvReLU, folder: Path, name: str, epochs:
             augment=Augment(names=("crop", "flip"), seed=lab.derive(name, "augment")) if p.teacher_augment else None,
             after_step=None if masks is None else functools.partial(apply_masks, masks=masks),
             folder=folder,
-            checkpoint_every=10.0,
+            checkpoint_every=CHECKPOINT_EVERY,
             on_progress=_training_progress(update),
         )
 
 
-def train_student(lab: Lab, mode: str, run: int, folder: Path) -> TrainResult:
+def train_student(lab: Lab, mode: str, run: int, folder: Path) -> None:
     """A student of 1.1 times the oracle's widths, without BN, on the oracle's outputs; checkpoints at the preset's epochs."""
     p = lab.preset
     oracle = lab.oracle_net
     # All modes of a run start from the same weights and see the images in the same order.
     model = init_(
-        ConvReLU(student_widths(oracle.widths, p.student_factor), image=oracle.image, classes=oracle.classes, mean=MEAN, std=STD),
+        ConvReLU(
+            student_widths(oracle.widths, p.student_factor), image=oracle.image, classes=oracle.classes, mean=MEAN, std=STD
+        ),
         lab.derive("student", run),
     )
     data = lab.data.train
@@ -128,15 +145,15 @@ def train_student(lab: Lab, mode: str, run: int, folder: Path) -> TrainResult:
         norm="linf", eps=p.eps, step_size=p.train_step_size, steps=p.train_steps, loss=OracleL2(oracle),
         seed=lab.derive("student attack", run),
     )  # fmt: skip
-    objective = {
+    objectives: dict[str, Objective] = {
         "st_logit": TeacherLogits(oracle),
         "st_label": TeacherLabels(oracle),
         "at_oracle": OracleAdversarial(oracle, attack),
-    }[mode]
+    }
     with lab.reporter.task(f"student {mode}" + (f" (run {run})" if run else "")) as update:
-        return train(
+        train(
             model.to(lab.device),
-            objective,
+            objectives[mode],
             data,
             epochs=p.epochs[-1],
             batch_size=p.batch_size,
@@ -145,12 +162,14 @@ def train_student(lab: Lab, mode: str, run: int, folder: Path) -> TrainResult:
             seed=lab.derive("student order", run),
             save_at=(0, *p.epochs),
             folder=folder,
-            checkpoint_every=10.0,
+            checkpoint_every=CHECKPOINT_EVERY,
             on_progress=_training_progress(update),
         )
 
 
-def attack(lab: Lab, students: tuple[Student, ...], victim: Student, spec: AttackSpec, images: int, repetition: int, folder: Path) -> None:
+def attack(
+    lab: Lab, students: tuple[Student, ...], victim: Student, spec: AttackSpec, images: int, repetition: int, folder: Path
+) -> None:
     """Attack `victim` on a fresh random subset of the test set; what all `students` and the oracle say about the images.
 
     predictions.safetensors: int64 ``[n]``: index, labels (of the data set), teacher_clean, teacher_adversarial, and for each student
@@ -194,8 +213,10 @@ def correlate(lab: Lab, student: Student, folder: Path) -> None:
     test = lab.data.test
     n = len(test) if lab.preset.correlation_images is None else min(lab.preset.correlation_images, len(test))
     with lab.reporter.task(f"correlation {student.name}"):
-        layers = correlate_nets(lab.load(lab.checkpoint(student)), lab.oracle_net, test.pixels(slice(n)), batch_size=lab.preset.eval_batch_size)
-    tensors = {}
+        layers = correlate_nets(
+            lab.load(lab.checkpoint(student)), lab.oracle_net, test.pixels(slice(n)), batch_size=lab.preset.eval_batch_size
+        )
+    tensors: dict[str, Tensor] = {}
     for k, nc in enumerate(layers):
         tensors |= {
             f"{k}/rho": nc.rho, f"{k}/dead_student": nc.dead_student, f"{k}/dead_teacher": nc.dead_teacher,
@@ -217,14 +238,19 @@ def analyse_patches(lab: Lab, folder: Path) -> None:
     """PCA of the patches of the first training images, in raw pixels."""
     with lab.reporter.task("patch PCA"):
         basis = patch_basis(lab.data.train.pixels(slice(lab.preset.patch_images)))
-    atomic_write(folder / "patches.safetensors", save({"mean": basis.mean, "eigenvalues": basis.eigenvalues, "vectors": basis.vectors.contiguous()}))
+    atomic_write(
+        folder / "patches.safetensors",
+        save({"mean": basis.mean, "eigenvalues": basis.eigenvalues, "vectors": basis.vectors.contiguous()}),
+    )
     atomic_write(folder / "patches.json", json.dumps({"components": basis.components}))
 
 
 def load_basis(folder: Path) -> PatchBasis:
     """What `analyse_patches` wrote."""
     t = load_file(folder / "patches.safetensors")
-    return PatchBasis(t["mean"], t["eigenvalues"], t["vectors"], json.loads((folder / "patches.json").read_text())["components"])
+    return PatchBasis(
+        t["mean"], t["eigenvalues"], t["vectors"], json.loads((folder / "patches.json").read_text())["components"]
+    )
 
 
 def _test_accuracy(lab: Lab, model: nn.Module) -> float:

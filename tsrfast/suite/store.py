@@ -48,7 +48,9 @@ class Store:
             self._lock: TextIO = open(self.root / ".lock", "w")  # noqa: SIM115  (held as long as the process lives)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EnvironmentFault(f"{self.root} is in use by another tsrfast process; wait for it or choose another --out") from None
+            raise EnvironmentFault(
+                f"{self.root} is in use by another tsrfast process; wait for it or choose another --out"
+            ) from None
         except OSError as e:
             raise EnvironmentFault(f"cannot write {self.root}: {e.strerror or e}") from e
 
@@ -57,7 +59,13 @@ class Store:
         self._lock.close()
 
     def artifact(
-        self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Artifact], build: Callable[[Path], None], *, resumable: bool
+        self,
+        stage: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        build: Callable[[Path], None],
+        *,
+        resumable: bool,
     ) -> Artifact:
         """The artifact of this stage, built by ``build(folder)`` if it is not there yet.
 
@@ -82,6 +90,8 @@ class Store:
                 if work.exists() and not resumable:
                     shutil.rmtree(work)
                 work.mkdir(parents=True, exist_ok=True)
+                for part in work.glob(".*.part"):  # a kill in the middle of an atomic write
+                    part.unlink()
                 build(work)
                 atomic_write(work / "stage.json", text)
                 os.replace(work, done)

@@ -22,7 +22,9 @@ def linf_pgd(lab: Lab, objective: str = "oracle_l2") -> AttackSpec:
     return AttackSpec("linf", p.eps, p.step_size, p.steps, objective)
 
 
-def cell(row: str, column: str, accuracy: Accuracy, published: float | None = None, *, group: str, **more: Any) -> dict[str, Any]:
+def cell(
+    row: str, column: str, accuracy: Accuracy, published: float | None = None, *, group: str, **more: Any
+) -> dict[str, Any]:
     """A table cell with a measured accuracy in %."""
     return {
         "row": row, "column": column, "group": group, "published": published,
@@ -30,9 +32,20 @@ def cell(row: str, column: str, accuracy: Accuracy, published: float | None = No
     }  # fmt: skip
 
 
-def number(row: str, column: str, value: float, n: int, *, group: str, unit: str = "", published: float | None = None) -> dict[str, Any]:
+def number(
+    row: str, column: str, value: float, n: int, *, group: str, unit: str = "", published: float | None = None
+) -> dict[str, Any]:
     """A table cell with a number that was measured once."""
-    return {"row": row, "column": column, "group": group, "published": published, "measured": value, "std": None, "n": n, "unit": unit}
+    return {
+        "row": row,
+        "column": column,
+        "group": group,
+        "published": published,
+        "measured": value,
+        "std": None,
+        "n": n,
+        "unit": unit,
+    }
 
 
 def style(student: Student) -> dict[str, Any]:
@@ -61,7 +74,9 @@ def size_note(lab: Lab) -> str:
     """The difference from the paper that explains most numbers of the small presets."""
     p = lab.preset
     if p.name == "paper":
-        return "Optimiser, learning rate, batch size and seeds are not in the paper; the readings of its authors' code are taken."
+        return (
+            "Optimiser, learning rate, batch size and seeds are not in the paper; the readings of its authors' code are taken."
+        )
     images = training_settings(lab)["images an epoch"]
     return (
         f"Size: columns and curves carry the paper's epochs 50 to 300, which stand here for {', '.join(map(str, p.epochs))} epochs of "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from typing import Any
+
+import torch
 
 from tsrfast.specialization import pearson
 from tsrfast.suite.claims import compare

@@ -57,7 +57,11 @@ def run(lab: Lab) -> dict[str, Any]:
         "cells": cells,
         "curves": curves,
         "claims": claims,
-        "settings": {**training_settings(lab), "components": lab.basis.components, "images for patches": lab.preset.patch_images},
+        "settings": {
+            **training_settings(lab),
+            "components": lab.basis.components,
+            "images for patches": lab.preset.patch_images,
+        },
         "notes": [
             size_note(lab),
             "Filters without bias, each normalised to unit length, input normalisation folded in; the two curves of a student are sorted "

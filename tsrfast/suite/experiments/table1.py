@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tsrfast.suite.claims import compare, monotone
-from tsrfast.suite.experiments._common import AT, AT_AND_ST300, ST300, cell, linf_pgd, size_note, training_settings
+from tsrfast.suite.experiments._common import AT_AND_ST300, cell, linf_pgd, size_note, training_settings
 from tsrfast.suite.lab import Lab, Student
 from tsrfast.suite.stages import AttackSpec
 
@@ -48,7 +48,8 @@ def other_readings(lab: Lab) -> dict[str, AttackSpec]:
 
 def _rows(lab: Lab) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """All cells, and the measured values of the published rows."""
-    cells, values = [], {}
+    cells: list[dict[str, Any]] = []
+    values: dict[str, list[float]] = {}
     for row, published in PUBLISHED.items():
         for student, (mean, variance) in zip(AT_AND_ST300, published, strict=True):
             if row == "Blackbox-transfer":
@@ -61,7 +62,9 @@ def _rows(lab: Lab) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
         for k, student in enumerate(AT_AND_ST300):
             published_row = PUBLISHED[row.split(",")[0]]
             got = lab.accuracy(student, attack)
-            cells.append(cell(row, student.name, got, published_row[k][0], group="Other readings of the unpublished radii and steps"))
+            cells.append(
+                cell(row, student.name, got, published_row[k][0], group="Other readings of the unpublished radii and steps")
+            )
     for student in AT_AND_ST300:
         group = "Other labels: how often argmax s(x') is ..."
         for label in ("t(x)", "y"):
@@ -69,13 +72,15 @@ def _rows(lab: Lab) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
         for label in ("t(x')", "t(x)", "y"):
             got = lab.accuracy(student, linf_pgd(lab), label, together=AT_AND_ST300, source=SURROGATE)
             cells.append(cell(f"Blackbox-transfer, {label}", student.name, got, group=group))
-        cells.append(cell("clean images: s(x) = t(x)", student.name, lab.accuracy(student, linf_pgd(lab), "clean"), group=group))
+        cells.append(
+            cell("clean images: s(x) = t(x)", student.name, lab.accuracy(student, linf_pgd(lab), "clean"), group=group)
+        )
     return cells, values
 
 
 def _claims(values: dict[str, list[float]]) -> list[dict[str, Any]]:
     linf = values["l_inf PGD"]
-    small = "Size: differences between these cells are a few points on a few hundred images (see the spread), and the students are far from converged. "
+    small = "Size: differences between these cells are a few points on a few hundred images (see the spread), and students are far from converged. "
     claims = [
         monotone("AT rises with epochs under l_inf PGD", linf[:-1], "increasing", source=SOURCE, strong=True,
                  if_failed=small + "The rise from AT(50) to AT(300) is the claim that such a size can show."),

@@ -25,7 +25,8 @@ SOURCE = "Table 3"
 
 def run(lab: Lab) -> dict[str, Any]:
     """Two training targets at five epochs, then every objective with every label (spec 9.1b)."""
-    cells, values = [], {}
+    cells: list[dict[str, Any]] = []
+    values: dict[str, list[float]] = {}
     for row, students in STUDENTS.items():
         for student, published in zip(students, PUBLISHED[row], strict=True):
             got = lab.accuracy(student, linf_pgd(lab), images=lab.preset.matrix_images, repetitions=1)
@@ -39,10 +40,12 @@ def run(lab: Lab) -> dict[str, Any]:
                 for student in students:
                     got = lab.accuracy(student, linf_pgd(lab, objective), label, images=lab.preset.matrix_images, repetitions=1)
                     last[row] = got.mean
-                    papers = objective == "oracle_l2" and label == "t(x')"
-                    note = {"note": "the cell that the paper's definition names"} if papers else {}
-                    cells.append(cell(f"{row}: agrees with {label}", f"ST({student.epoch})", got, group=f"Attack objective {title}", **note))
-            order.append(f"{title}, label {label}: {last['logit']:.1f} {'>' if last['logit'] > last['label'] else '<='} {last['label']:.1f}")
+                    added = cell(f"{row}: agrees with {label}", f"ST({student.epoch})", got, group=f"Attack objective {title}")
+                    if objective == "oracle_l2" and label == "t(x')":
+                        added["note"] = "the cell that the paper's definition names"
+                    cells.append(added)
+            relation = ">" if last["logit"] > last["label"] else "<="
+            order.append(f"{title}, label {label}: {last['logit']:.1f} {relation} {last['label']:.1f}")
     for row, students in STUDENTS.items():
         for student in students:
             got = lab.accuracy(student, linf_pgd(lab), "clean", images=lab.preset.matrix_images, repetitions=1)
@@ -55,13 +58,18 @@ def run(lab: Lab) -> dict[str, Any]:
     )
     short = "Size: few updates and a few hundred images; neighbouring cells differ by less than the sampling error (about 2.5 points). "
     claims = [
-        monotone(f"ST-{row} gets more robust with epochs", values[row], "increasing", source=SOURCE, if_failed=short) for row in STUDENTS
+        monotone(f"ST-{row} gets more robust with epochs", values[row], "increasing", source=SOURCE, if_failed=short)
+        for row in STUDENTS
     ]
     claims += [
         compare(f"logit beats label at {s.epoch} epochs", a, ">", b, source=SOURCE, if_failed=reading)
         for s, a, b in zip(ST, values["logit"], values["label"], strict=True)
     ]
-    claims.append(monotone("the gap between logit and label widens with epochs", gap, "increasing", source=SOURCE, if_failed=reading + short))
+    claims.append(
+        monotone(
+            "the gap between logit and label widens with epochs", gap, "increasing", source=SOURCE, if_failed=reading + short
+        )
+    )
     return {
         "title": "Table 3: logits or labels as the target of standard training",
         "summary": "Robust accuracy of students trained on clean images to match the oracle's logits, or only its labels. The paper finds logits "

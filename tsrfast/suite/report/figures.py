@@ -14,11 +14,25 @@ MAPS = {"AT": "OrRd", "ST": "Blues", "ST-logit": "Blues", "ST-label": "Reds", "d
 SPARE_MAPS = ("Greens", "Purples", "YlOrBr", "PuRd", "GnBu")
 DASHED = {"ST-label"}
 _RC: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"], "font.size": 9.5, "text.parse_math": False, "text.color": INK,  # a name may hold $
-    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.linewidth": 0.8, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": RULE, "grid.linewidth": 0.6, "xtick.color": MUTED, "ytick.color": MUTED,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.parse_math": False,
+    "text.color": INK,  # a name may hold $
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
 }
 
 
@@ -74,9 +88,7 @@ def draw(experiment: dict[str, Any]) -> Picture:
     return Picture(out.getvalue(), round(width * 88), round(height * 88), across, _alt(experiment["title"], panels))
 
 
-def _panel(
-    axes: Any, title: str, curves: list[dict[str, Any]], palette: dict[str, str], headroom: int
-) -> dict[str, Any]:
+def _panel(axes: Any, title: str, curves: list[dict[str, Any]], palette: dict[str, str], headroom: int) -> dict[str, Any]:
     """Draw one panel, its title above room for `headroom` annotations; returns the legend's handles by curve name."""
     bars = [c for c in curves if c.get("kind") == "bar"]
     named = {}
@@ -106,17 +118,26 @@ def _panel(
     axes.set_ylabel(next((c["y_label"] for c in curves if c.get("y_label")), ""))
     axes.set_title(title, fontsize=10.5, fontweight="bold", pad=6 + 12 * headroom)
     for i, line in enumerate(reversed(_annotations(curves))):  # above the plot, where it cannot cover a point
-        axes.annotate(line, (0, 1), (0, 6 + 12 * i), xycoords="axes fraction", textcoords="offset points",
-                      fontsize=8.5, color=MUTED)
+        axes.annotate(
+            line, (0, 1), (0, 6 + 12 * i), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=MUTED
+        )
     left, right = axes.get_xlim()
     for curve in curves:
         for mark in curve.get("marks") or []:
             axes.axvline(mark["x"], color=MUTED, lw=0.9, ls=(0, (2, 2)))
             near_right = mark["x"] > left + 0.62 * (right - left)
-            axes.annotate(mark["text"], (mark["x"], 1), (-5 if near_right else 5, -10), fontsize=8.5, color=MUTED,
-                          xycoords=("data", "axes fraction"), textcoords="offset points",
-                          ha="right" if near_right else "left", va="center",
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8})
+            axes.annotate(
+                mark["text"],
+                (mark["x"], 1),
+                (-5 if near_right else 5, -10),
+                fontsize=8.5,
+                color=MUTED,
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right" if near_right else "left",
+                va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
+            )
     return named
 
 

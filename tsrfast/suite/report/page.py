@@ -24,15 +24,11 @@ def html(
     """The page for validated `results`. `files` are the CSV files of each experiment, named beside what they hold."""
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["value"] = _value
     environment.filters["duration"] = numerals.duration
     template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
-    experiments = [
-        _experiment(name, e, pictures.get(name), list(files[name])) for name, e in results["experiments"].items()
-    ]
+    experiments = [_experiment(name, e, pictures.get(name), list(files[name])) for name, e in results["experiments"].items()]
     everything = [claim for e in experiments for claim in e["claims"]]
     return template.render(
         results=results,

@@ -71,8 +71,9 @@ def validate(results: Any, where: str = "results") -> None:
         _field(sizes, split, f"{where}: data.sizes", _integer)
     for name, experiment in _field(results, "experiments", where, _object).items():
         if not _NAME.fullmatch(name):
-            raise InputError(f"tsrfast.report: {where}: an experiment's name must be letters, digits, _ and -, "
-                             f"got {name!r:.60}")
+            raise InputError(
+                f"tsrfast.report: {where}: an experiment's name must be letters, digits, _ and -, got {name!r:.60}"
+            )
         _experiment(_is(experiment, dict, "an object", f"{where}: {name}"), f"{where}: {name}")
 
 
@@ -86,8 +87,10 @@ def _experiment(e: dict[str, Any], where: str) -> None:
     for i, cell in enumerate(_field(e, "cells", where, _array)):
         place = _cell(cell, f"{where}.cells[{i}]")
         if place in places:
-            raise InputError(f"tsrfast.report: {where}.cells[{i}] must have a place of its own, "
-                             f"got (group, row, column) = {place} a second time")
+            raise InputError(
+                f"tsrfast.report: {where}.cells[{i}] must have a place of its own, "
+                f"got (group, row, column) = {place} a second time"
+            )
         places.add(place)
     for i, curve in enumerate(_field(e, "curves", where, _array)):
         _curve(curve, f"{where}.curves[{i}]")
@@ -165,7 +168,12 @@ def _read(path: Path, caller: str) -> Any:
 
 
 def _field(
-    of: dict[str, Any], key: str, where: str, check: Callable[[Any, str], Any], *, null: bool = False,
+    of: dict[str, Any],
+    key: str,
+    where: str,
+    check: Callable[[Any, str], Any],
+    *,
+    null: bool = False,
     optional: bool = False,
 ) -> Any:
     if key not in of:

@@ -59,8 +59,7 @@ def _table(heading: str, cells: list[dict[str, Any]]) -> Table:
         values = [c[key] for c in cells if c.get("unit", "") == unit for key in ("measured", "published")]
         decimals[unit] = numerals.decimals((v for v in values if v is not None), unit)
     entries = {
-        (c["row"], c["column"]): _entry(c, decimals[c.get("unit", "")], marks, len(units) == 1, len(sizes) <= 1)
-        for c in cells
+        (c["row"], c["column"]): _entry(c, decimals[c.get("unit", "")], marks, len(units) == 1, len(sizes) <= 1) for c in cells
     }
     return Table(
         heading="Main table" if heading == "main" else heading[:1].upper() + heading[1:],
@@ -82,7 +81,9 @@ def _entry(cell: dict[str, Any], decimals: int, marks: dict[str, str], one_unit:
     return Entry(
         measured="" if measured is None else numerals.fixed(measured, decimals),
         std="" if cell["std"] is None or measured is None else numerals.fixed(cell["std"], decimals),
-        published="" if published is None else numerals.fixed(published, decimals)
+        published=""
+        if published is None
+        else numerals.fixed(published, decimals)
         + ("" if spread is None else f" \N{PLUS-MINUS SIGN} {numerals.fixed(spread, decimals)}"),
         difference="" if measured is None or published is None else numerals.signed(measured - published, decimals),
         n="" if one_n or measured is None or cell["n"] is None else f"{cell['n']:,}",
@@ -125,7 +126,7 @@ def sentences(claims: list[dict[str, Any]]) -> list[Sentence]:
 def _comparison(left: Any, relation: str, right: Any) -> str:
     first, second = _list(left), _list(right)
     texts = numerals.apart([*first, *second])
-    a, b = texts[: len(first)], texts[len(first):]
+    a, b = texts[: len(first)], texts[len(first) :]
     if relation == "in" and len(b) == 2:
         return f"{', '.join(a) or DASH} in [{b[0]}, {b[1]}]"
     if relation in SIGNS:

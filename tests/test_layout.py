@@ -1,0 +1,165 @@
+"""The house's rules: one name per operator, who may include or import whom, what an import may load."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tsrfast.ops
+import tsrfast.reference
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC, PACKAGE = ROOT / "csrc", ROOT / "tsrfast"
+
+OPS = sorted(h.stem for h in (CSRC / "core").glob("*.h") if re.search(rf"\bvoid {h.stem}_cpu\(", h.read_text()))
+OP_FILES = [
+    "csrc/core/{}.h", "csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "csrc/bind/{}.cpp",
+    "tsrfast/ops/{}.py", "tsrfast/reference/{}.py", "tests/ops/test_{}.py", "bench/bench_{}.py",
+]  # fmt: skip
+
+# Room of the package -> rooms it may import; every room may import itself. What is in OPEN is open to all.
+OPEN = {"errors", "_files"}
+ABOVE_OPS = {"ops", "_native"}
+IMPORTS: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "_files": set(),
+    "_native": set(),
+    "errors": set(),
+    "reference": set(),
+    "ops": {"_native"},
+    "attacks": ABOVE_OPS,
+    "specialization": ABOVE_OPS,
+    "nets": ABOVE_OPS,
+    "data": ABOVE_OPS,
+    "training": {"attacks", "nets", "data"},
+    "suite": {"reference", "ops", "_native", "attacks", "specialization", "nets", "data", "training"},
+    "cli": {"suite", "attacks", "specialization", "_native"},
+}
+# Directory of csrc -> patterns of what its files may include.
+INCLUDES = {
+    "core": r"core/.*|cstdint|cstring|cmath",
+    "cpu": r"core/.*|cpu/.*|omp\.h|immintrin\.h|[a-z]+",
+    "cuda": r"core/.*|cuda/.*|emu/emu\.h|cuda_[a-z0-9]+\.h|[a-z]+",
+    "bind": r"core/.*|cpu/isa\.h|bind/.*|pybind11/.*|[a-z]+",
+}
+LATE = ["matplotlib", "pyarrow", "PIL", "jinja2", "rich", "typer", "pandas"]
+
+
+def test_operators_are_found():
+    assert {"pgd_step", "relu_gate", "philox_uniform", "channel_correlation"} <= set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_name_per_operator(op):
+    missing = [f.format(op) for f in OP_FILES if not (ROOT / f.format(op)).is_file()]
+    assert not missing
+    assert inspect.signature(getattr(tsrfast.ops, op)) == inspect.signature(getattr(tsrfast.reference, op))
+    assert hasattr(torch.ops.tsrfast, op), f"no torch operator tsrfast::{op}"
+
+
+def room(module: str) -> str:
+    """tsrfast.attacks.pgd -> attacks; tsrfast.__version__ -> __init__"""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and not parts[1].startswith("__") else "__init__"
+
+
+def imports(source: Path) -> list[tuple[int, str]]:
+    """(line, module) of each import at run time; blocks under TYPE_CHECKING are for readers and mypy."""
+    found: list[tuple[int, str]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source.name}:{node.lineno}: relative import"
+            of_package = node.module == "tsrfast"  # from tsrfast import ops
+            found.extend((node.lineno, f"tsrfast.{a.name}" if of_package else str(node.module)) for a in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source.read_text()))
+    return found
+
+
+def test_every_room_has_rules():
+    names = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert names == set(IMPORTS)
+
+
+@pytest.mark.parametrize("source", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_python_imports_downwards(source):
+    here = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    wrong = []
+    for line, module in imports(source):
+        to = room(module) if module.split(".")[0] == "tsrfast" else None
+        if to in ("_C", "_emu"):
+            allowed = here == "_native"
+        elif to is not None:
+            allowed = to == here or to == "__init__" or to in OPEN or to in IMPORTS[here]
+        elif here == "reference":
+            allowed = module.split(".")[0] in {"torch", *sys.stdlib_module_names}
+        else:
+            allowed = True
+        if not allowed:
+            wrong.append(f"{source.name}:{line}: {here} must not import {module}")
+    assert not wrong
+
+
+def included(source: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', source.read_text(), re.M)
+
+
+@pytest.mark.parametrize("directory", INCLUDES)
+def test_native_includes(directory):
+    sources = sorted((CSRC / directory).iterdir())
+    assert sources
+    for source in sources:
+        wrong = [i for i in included(source) if not re.fullmatch(INCLUDES[directory], i)]
+        assert not wrong, f"{source.name} includes {wrong}"
+        if any(i.startswith(("emu/", "cuda_")) for i in included(source)):
+            assert source.name == "launch.cuh"
+
+
+def test_instruction_set_files_share_no_code():
+    """An inline function that such a file shares may reach every CPU in its AVX-512 form: the linker keeps any one copy."""
+    sources = [*(CSRC / "cpu").glob("*_avx*.cpp"), *(CSRC / "cpu").glob("*_body.h")]
+    assert sources
+    for source in sources:
+        body = re.sub(r"(_avx2|_avx512)?\.cpp$|_body\.h$", "", source.name)
+        wrong = [i for i in included(source) if not re.fullmatch(rf"core/.*|immintrin\.h|cstdint|cpu/{body}_body\.h", i)]
+        assert not wrong, f"{source.name} includes {wrong}"
+
+
+@pytest.mark.parametrize("module", ["tsrfast", "tsrfast.ops", "tsrfast.attacks", "tsrfast.specialization"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print(sorted(set({LATE}) & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def tracked() -> list[Path]:
+    try:
+        run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in run.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_tracked_files_stand_alone():
+    beside, launch = "../" + "shared", "<" * 3
+    for path in tracked():
+        text = path.read_bytes().decode(errors="replace")
+        assert beside not in text, f"{path.relative_to(ROOT)} points outside of the project"
+        if path.suffix in (".cu", ".cuh", ".h", ".cpp") and path.name != "launch.cuh":
+            code = re.sub(r"//.*", "", text)
+            assert launch not in code, f"{path.relative_to(ROOT)} starts a kernel: only launch.cuh may"
