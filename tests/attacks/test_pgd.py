@@ -196,7 +196,7 @@ def test_more_steps_are_stronger_on_average():
 
 
 def test_loss_rises_for_nearly_every_image():
-    """Spec 10: after 40 steps the loss is at least that of the clean image for > 99 % of images."""
+    """After 40 steps the loss is at least that of the clean image for > 99 % of images."""
     student, teacher, (x, _) = net(), net(1), batch(200)
     result = PGD(eps=10 / 255, step_size=0.01, steps=40, loss=OracleL2(teacher)).run(student, x)
     clean = (student(x) - teacher(x)).square().sum(1)
@@ -204,7 +204,7 @@ def test_loss_rises_for_nearly_every_image():
 
 
 def test_student_equal_to_its_teacher_is_left_at_the_random_start():
-    """Spec 10: s = t has oracle gradient 0, sign(0) = 0, robust accuracy 100 %."""
+    """s = t has oracle gradient 0, sign(0) = 0, robust accuracy 100 %."""
     student, (x, _) = net(), batch(8)
     attack = PGD(steps=5, loss=OracleL2(net()))
     result = attack.run(student, x)

@@ -18,7 +18,7 @@ class FGSM(Attack):
 
     Args:
         norm, eps, loss, targeted, lo, hi: as in `PGD`.
-        step_size: a shorter step than eps (the paper's FGSM row may be one step of 0.01: spec 9.1), in pixel units.
+        step_size: a shorter step than eps (the paper's FGSM row may be one step of 0.01), in pixel units.
 
     Raises:
         InputError: a value that is not allowed.

@@ -31,7 +31,7 @@ class Student:
     """A trained student at one of the paper's epochs: the unit that tables and figures speak of.
 
     Attributes:
-        mode: ``at_oracle``, ``st_logit`` or ``st_label`` (spec 3.1).
+        mode: ``at_oracle``, ``st_logit`` or ``st_label``.
         epoch: 50, 100, 150, 200 or 300 in the paper's counting; 0 is the untrained network.
         run: 0, or the number of an independent run (another initialisation and order): 1 is the surrogate of table 1.
     """
@@ -48,7 +48,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Robust accuracy over repetitions (spec 4.5, 4.6), in %."""
+    """Robust accuracy over repetitions, in %."""
 
     mean: float
     std: float
@@ -81,7 +81,7 @@ class Lab:
 
     @functools.cached_property
     def teacher(self) -> Artifact:
-        """The unpruned teacher (spec 1.2, step 1)."""
+        """The unpruned teacher."""
         config = self._settings(
             "widths", "teacher_epochs", "teacher_optimizer", "teacher_lr", "teacher_batch_size", "teacher_weight_decay",
             "teacher_augment",
@@ -91,7 +91,7 @@ class Lab:
 
     @functools.cached_property
     def oracle(self) -> Artifact:
-        """The oracle f*: teacher pruned, fine-tuned, shrunk and folded (spec 1.2, steps 2 to 5)."""
+        """The oracle f*: teacher pruned, fine-tuned, shrunk and folded."""
         config = self._settings(
             "prune_ratios", "finetune_epochs", "finetune_lr", "teacher_optimizer", "teacher_batch_size", "teacher_weight_decay",
             "teacher_augment",
@@ -159,7 +159,7 @@ class Lab:
         together: tuple[Student, ...] = (),
         source: Student | None = None,
     ) -> Accuracy:
-        """Robust accuracy in %: how often argmax s(x') is the label (spec 4.5).
+        """Robust accuracy in %: how often argmax s(x') is the label.
 
         Args:
             student: s.
@@ -187,7 +187,7 @@ class Lab:
 
     @functools.cache  # noqa: B019
     def correlation(self, student: Student) -> list[NormalizedCorrelation]:
-        """Normalized correlation of every conv layer with the oracle's, over test images (spec 4.1)."""
+        """Normalized correlation of every conv layer with the oracle's, over test images."""
         config = self._settings("correlation_images") | {"student": dataclasses.asdict(student)}
         inputs = {"oracle": self.oracle, "run": self.run_of(student.mode, student.run)}
         build = functools.partial(stages.correlate, self, student)
@@ -195,7 +195,7 @@ class Lab:
 
     @functools.cached_property
     def basis(self) -> PatchBasis:
-        """PCA of 3x3x3 patches of training images, 17 components (spec 2)."""
+        """PCA of 3x3x3 patches of training images, 17 components."""
         build = functools.partial(stages.analyse_patches, self)
         return stages.load_basis(
             self.store.artifact("patches", self._settings("patch_images"), {}, build, resumable=False).folder
@@ -203,7 +203,7 @@ class Lab:
 
     @functools.cache  # noqa: B019
     def subspace(self, student: Student) -> tuple[Tensor, Tensor]:
-        """(eps_in, eps_out) between first-layer filters, both acting on raw pixels (normalisations folded; spec 4.3)."""
+        """(eps_in, eps_out) between first-layer filters, both acting on raw pixels (normalisations folded)."""
         nets = (self.load(self.checkpoint(student)), self.oracle_net)
         w_student, w_teacher = (fold(net).state_dict()["convs.0.weight"].cpu() for net in nets)
         return subspace_distance(w_student, w_teacher, self.basis)

@@ -25,7 +25,7 @@ class Preset:
     student_images: int | None
     """Images the students are trained on: the first of the teacher's. Their number makes an epoch."""
     test_images: int | None
-    # teacher (spec 1.2)
+    # teacher
     widths: tuple[int, ...]
     prune_ratios: tuple[float, ...]
     teacher_epochs: int
@@ -36,14 +36,14 @@ class Preset:
     teacher_augment: bool
     finetune_epochs: int
     finetune_lr: str
-    # students (spec 3.0)
+    # students
     student_factor: float
     epochs: tuple[int, ...]
     """Epochs that stand for the paper's 50, 100, 150, 200 and 300: checkpoints of one run."""
     optimizer: str
     lr: str
     batch_size: int
-    # attack in training and evaluation (spec 3.2, 4.7)
+    # attack in training and evaluation
     eps: float
     train_steps: int
     train_step_size: float
@@ -51,7 +51,7 @@ class Preset:
     step_size: float
     l2_eps: float
     l1_eps: float
-    # evaluation (spec 4.5, 4.6)
+    # evaluation
     repetitions: int
     eval_images: int
     """Images drawn from the test set for each repetition."""

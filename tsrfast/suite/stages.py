@@ -36,7 +36,7 @@ from tsrfast.training import Objective, OracleAdversarial, TeacherLabels, Teache
 if TYPE_CHECKING:
     from tsrfast.suite.lab import Lab, Student
 
-# The input normalisation of the authors' code (spec 2): inside the first layer of teacher and student.
+# The input normalisation of the authors' code: inside the first layer of teacher and student.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 CHECKPOINT_EVERY = 10.0  # seconds of training that an interruption may cost

@@ -54,7 +54,7 @@ def run(lab: Lab) -> dict[str, Any]:
             compare("rho and eps_in are strongly negatively correlated (Pearson below -0.5)", trained.r, "<", -0.5,
                     source="Fig. 2 right (the number itself is lost in the image)",
                     if_failed="Reading and size: the score is negative but weak. Patches are dominated by brightness, so first-layer "
-                    "activations correlate whatever the filters are (the untrained student's score is beside it). The spec measured -0.48 "
+                    "activations correlate whatever the filters are (the untrained student's score is beside it). An earlier trial measured -0.48 "
                     "after 179,200 images at full width. A long run at full width (preset paper) would decide."),
             compare("training makes the correlation more negative than it is at initialisation", trained.r, "<", untrained.r,
                     source="implied by section 5.3; the untrained baseline is ours",
@@ -65,7 +65,7 @@ def run(lab: Lab) -> dict[str, Any]:
             size_note(lab),
             "The PCA is centred and made on raw pixels; teacher's and student's input normalisations are folded into their filters, so "
             "both are compared on what the filters really see. The paper does not say whether it centres; it makes no difference.",
-            "17 is not at a gap of the spectrum: the cut is a convention (spec 2).",
+            "17 is not at a gap of the spectrum: the cut is a convention.",
             "The paper does not say which epoch of standard training Figure 2 shows; ST(300) is taken.",
         ],
     }  # fmt: skip

@@ -52,7 +52,7 @@ def run(lab: Lab) -> dict[str, Any]:
         "settings": {**training_settings(lab), "images for correlation": lab.preset.correlation_images},
         "notes": [
             size_note(lab),
-            "Correlations are per channel over all images and positions of the test set (spec 4.1); the paper does not say on which data.",
+            "Correlations are per channel over all images and positions of the test set; the paper does not say on which data.",
             "Curves are sorted ascending and independently; dead teacher nodes are left out and counted, dead student nodes correlate 0.",
         ],
     }

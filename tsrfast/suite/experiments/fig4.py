@@ -13,7 +13,7 @@ SOURCE = "section 5.4, Fig. 4"
 
 
 def _curves(lab: Lab, student: Student) -> tuple[list[float], list[float]]:
-    """Sorted eps_in and eps_out of the best student k(j) of each oracle node j (spec 4.3)."""
+    """Sorted eps_in and eps_out of the best student k(j) of each oracle node j."""
     eps_in, eps_out = eps_curves(lab.correlation(student)[0].rho, *lab.subspace(student))
     return eps_in.tolist(), eps_out.tolist()
 
@@ -65,6 +65,6 @@ def run(lab: Lab) -> dict[str, Any]:
         "notes": [
             size_note(lab),
             "Filters without bias, each normalised to unit length, input normalisation folded in; the two curves of a student are sorted "
-            "independently (spec 4.3, 9.2 no. 25).",
+            "independently.",
         ],
     }

@@ -10,7 +10,7 @@ from tsrfast.suite.lab import Lab, Student
 from tsrfast.suite.stages import AttackSpec
 
 MAIN = "Robust accuracy"
-# mean in %, and sigma^2 in fraction^2 (spec 4.6): columns AT(50) ... AT(300), ST(300).
+# mean in %, and sigma^2 in fraction^2: columns AT(50) ... AT(300), ST(300).
 PUBLISHED: dict[str, list[tuple[float, float]]] = {
     "l_inf PGD": [(78.79, 1.1e-4), (84.02, 4.2e-5), (87.57, 2.8e-5), (88.01, 8.2e-6), (88.20, 2.9e-5), (74.39, 4.2e-5)],
     "l_2 PGD": [(91.85, 7.3e-6), (95.98, 7.0e-6), (96.21, 4.7e-6), (95.95, 4.8e-6), (96.31, 5.4e-6), (94.01, 1.0e-5)],
@@ -25,7 +25,7 @@ SOURCE = "Table 1"
 
 
 def attacks(lab: Lab) -> dict[str, AttackSpec]:
-    """The white-box rows; parameters beyond l_inf are not published (spec 4.7)."""
+    """The white-box rows; parameters beyond l_inf are not published."""
     p = lab.preset
     return {
         "l_inf PGD": linf_pgd(lab),
@@ -37,7 +37,7 @@ def attacks(lab: Lab) -> dict[str, AttackSpec]:
 
 
 def other_readings(lab: Lab) -> dict[str, AttackSpec]:
-    """The published l_1 and l_2 rows look as if every norm had the radius 10/255; FGSM as one step of 0.01 (spec 9.1, 4.7)."""
+    """The published l_1 and l_2 rows look as if every norm had the radius 10/255; FGSM as one step of 0.01."""
     p = lab.preset
     return {
         "l_2 PGD, eps = 10/255": AttackSpec("l2", p.eps, 2.5 * p.eps / p.steps, p.steps),
@@ -100,9 +100,9 @@ def _claims(values: dict[str, list[float]]) -> list[dict[str, Any]]:
         others = [values[row][k] for row in WHITE_BOX[1:]]
         claims.append(compare(
             f"{student.name}: l_inf PGD is the strongest white-box attack", values["l_inf PGD"][k], "<=", min(others), source=SOURCE,
-            if_failed="Reading: the radii of the other norms are not published. With the spec's default radii (l_2 0.5, l_1 12) those balls "
+            if_failed="Reading: the radii of the other norms are not published. With the usual radii taken here (l_2 0.5, l_1 12) those balls "
             "are large enough to beat the l_inf ball of 10/255; with 10/255 in every norm they are far weaker (second table). CW is the "
-            "other case: its objective aims at the label itself, while l_2 of logits grows without changing it (spec 9.1b).",
+            "other case: its objective aims at the label itself, while l_2 of logits grows without changing it.",
         ))  # fmt: skip
         claims.append(monotone(
             f"{student.name}: accuracy rises in the order l_inf PGD, CW, FGSM, l_2 PGD, l_1 PGD",
@@ -142,9 +142,9 @@ def run(lab: Lab) -> dict[str, Any]:
         "notes": [
             size_note(lab),
             f"Evaluation takes {p.steps} steps of {p.step_size:g} (the paper: 40 steps of 0.01), in pixel space, from a random start, last "
-            "iterate. The paper does not say in which space; in normalised units students are far more robust than published (spec 9.1).",
+            "iterate. The paper does not say in which space; in normalised units students are far more robust than published.",
             "The label is the oracle's answer on the adversarial image, t(x') (section 5.4); black-box transfer is scored against t(x), the "
-            "reading that can give the published level (spec 9.2 no. 6). The third table has the others.",
+            "reading that can give the published level. The third table has the others.",
             "The published spread is the root of sigma^2, read as a fraction squared; ours is over repetitions with fresh random starts on "
             "fresh random subsets of the test images.",
             "The paper's text says that AT beats ST(300) at 50 epochs already; its table shows this for l_inf only, so only that is claimed.",

@@ -24,7 +24,7 @@ SOURCE = "Table 3"
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """Two training targets at five epochs, then every objective with every label (spec 9.1b)."""
+    """Two training targets at five epochs, then every objective with every label."""
     cells: list[dict[str, Any]] = []
     values: dict[str, list[float]] = {}
     for row, students in STUDENTS.items():
@@ -52,7 +52,7 @@ def run(lab: Lab) -> dict[str, Any]:
             cells.append(cell(row, f"ST({student.epoch})", got, group="Clean images: how often s(x) = t(x)"))
     gap = [a - b for a, b in zip(values["logit"], values["label"], strict=True)]
     reading = (
-        "Reading, known beforehand (spec 9.1b): under the literal definition a label-trained student is more robust than a logit-trained "
+        "Reading: under the literal definition a label-trained student is more robust than a logit-trained "
         "one, because its logits have another scale than the oracle's, so that the attack inflates the distance without changing the "
         "answer. The matrix shows the other readings. "
     )
