@@ -40,8 +40,9 @@ TSR_HD double step_of(const PgdStep& a, int64_t image) { return a.step ? a.step[
 TSR_HD double eps_of(const PgdStep& a, int64_t image) { return a.eps ? a.eps[image] : a.eps_value; }
 
 template <class C>
-TSR_HD C clamp(C v, C lo, C hi) {  // NaN stays NaN
-  return v < lo ? lo : (v > hi ? hi : v);
+TSR_HD C clamp(C v, C lo, C hi) {  // NaN stays NaN; one select after the other, as vector code wants it
+  const C above = v < lo ? lo : v;
+  return above > hi ? hi : above;
 }
 template <class C>
 TSR_HD bool is_finite(C v) {
@@ -49,7 +50,8 @@ TSR_HD bool is_finite(C v) {
 }
 template <class C>
 TSR_HD C sign(C v) {  // of NaN: 0
-  return C(v > C(0)) - C(v < C(0));
+  const C up = v > C(0) ? C(1) : C(0), down = v < C(0) ? C(1) : C(0);
+  return up - down;
 }
 
 template <class C>
@@ -66,7 +68,7 @@ TSR_HD C l2_offset(C x, C x0, C g, double scale) {
 // l1: a coordinate is a candidate if its gradient has a direction in which the box lets it move.
 template <class C>
 TSR_HD bool l1_candidate(C x, C g, C lo, C hi) {
-  return is_finite(g) && ((g > C(0) && x < hi) || (g < C(0) && x > lo));
+  return is_finite(g) & (((g > C(0)) & (x < hi)) | ((g < C(0)) & (x > lo)));  // no branches: vector code
 }
 // Magnitudes as unsigned integers of the same order, so that the k-th largest is found bit by bit.
 TSR_HD uint32_t magnitude_key(float g) { return bit_cast<uint32_t>(g) & 0x7fffffffu; }
@@ -85,7 +87,7 @@ struct L1Offset {
 };
 template <class C, class Key>
 TSR_HD L1Offset<C> l1_offset(C x, C x0, C g, C step, Key threshold, C lo, C hi) {
-  const bool moves = l1_candidate(x, g, lo, hi) && magnitude_key(g) >= threshold;
+  const bool moves = l1_candidate(x, g, lo, hi) & (magnitude_key(g) >= threshold);
   const double d = double(x + (moves ? step * sign(g) : C(0))) - double(x0);
   const double room = d > 0 ? double(hi) - double(x0) : double(x0) - double(lo);
   return {d < 0 ? -d : d, room > 0 ? room : 0.0, d < 0 ? -1.0 : 1.0};

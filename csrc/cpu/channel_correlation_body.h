@@ -16,6 +16,18 @@
 namespace tsr {
 namespace {
 
+#if defined(__AVX2__)
+inline float lane_sum(__m256 v) {
+  const __m128 four = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+}
+inline double lane_sum(__m256d v) {
+  const __m128d two = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
+  return two[0] + two[1];
+}
+#endif
+
 #if defined(__AVX512F__)
 constexpr int64_t kTile = 512;
 constexpr int kRows = 5, kCols = 5;  // 25 sums, 5 rows, 1 column: 31 of 32 registers
@@ -23,8 +35,13 @@ using Floats = __m512;
 using Doubles = __m512d;
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
-inline float lane_sum(Floats v) { return _mm512_reduce_add_ps(v); }
-inline double lane_sum(Doubles v) { return _mm512_reduce_add_pd(v); }
+// Not _mm512_reduce_add, nor a cast: gcc 12 warns of uninitialised values inside them.
+inline float lane_sum(Floats v) {
+  return lane_sum(_mm512_maskz_extractf32x8_ps(255, v, 0) + _mm512_maskz_extractf32x8_ps(255, v, 1));
+}
+inline double lane_sum(Doubles v) {
+  return lane_sum(_mm512_maskz_extractf64x4_pd(15, v, 0) + _mm512_maskz_extractf64x4_pd(15, v, 1));
+}
 #elif defined(__AVX2__)
 constexpr int64_t kTile = 512;
 constexpr int kRows = 3, kCols = 4;  // 12 sums, 3 rows, 1 column: 16 registers
@@ -32,8 +49,6 @@ using Floats = __m256;
 using Doubles = __m256d;
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
-inline float lane_sum(Floats v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
-inline double lane_sum(Doubles v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 #else
 constexpr int64_t kTile = 128;
 constexpr int kRows = 3, kCols = 3;

@@ -4,19 +4,91 @@
 namespace tsr {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kTile = 256;
 
-// Sixteen running sums in a fixed order: vector code on every instruction set, and the same bits on all of them.
-template <class S, class F>
-S sum(int64_t d, F f) {
-  S lane[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes)
-    for (int k = 0; k < kLanes; ++k) lane[k] += f(j + k);
-  for (int k = 0; j < d; ++j, ++k) lane[k] += f(j);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
+// Loops are free of branches (hence & for &&) and written in two stages, so that they become vector code: values of a
+// tile to a buffer, whatever they are; then sixteen running sums in a fixed order, which gives the same bits on every
+// instruction set.
+struct Sum {
+  typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
+  Lanes lane = {};
+
+  void add(double* part, int n) {  // of kTile, the first n
+    for (int k = n; k % kLanes; ++k) part[k] = 0;
+    for (int k = 0; k < n; k += kLanes) {
+      Lanes more;
+      memcpy(&more, part + k, sizeof(Lanes));
+      lane += more;
+    }
+  }
+  double total() {
+    for (int half = kLanes / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
+    return lane[0];
+  }
+};
+
+// f(j) summed over [0, d).
+template <class F>
+double sum(int64_t d, F f) {
+  Sum s;
+  double part[kTile];
+  for (int64_t at = 0; at < d; at += kTile) {
+    const int n = int(d - at < kTile ? d - at : kTile);
+#pragma omp simd
+    for (int k = 0; k < n; ++k) part[k] = f(at + k);
+    s.add(part, n);
+  }
+  return s.total();
+}
+
+struct Two {
+  double first, second;
+};
+template <class F>
+Two sums(int64_t d, F f) {
+  Sum s, t;
+  double part[kTile], other[kTile];
+  for (int64_t at = 0; at < d; at += kTile) {
+    const int n = int(d - at < kTile ? d - at : kTile);
+#pragma omp simd
+    for (int k = 0; k < n; ++k) {
+      const Two v = f(at + k);
+      part[k] = v.first;
+      other[k] = v.second;
+    }
+    s.add(part, n);
+    t.add(other, n);
+  }
+  return {s.total(), t.total()};
+}
+
+// For how many j in [0, d) f(j) holds.
+template <class F>
+int64_t count(int64_t d, F f) {
+  constexpr int64_t kMost = 1 << 20;  // in 32 bits
+  int64_t total = 0;
+  for (int64_t at = 0; at < d; at += kMost) {
+    const int n = int(d - at < kMost ? d - at : kMost);
+    int32_t some = 0;
+#pragma omp simd reduction(+ : some)
+    for (int k = 0; k < n; ++k) some += f(at + k) ? 1 : 0;
+    total += some;
+  }
+  return total;
+}
+
+// out[j] = clamp(f(j), lo, hi); f(j) may read out[j].
+template <class C, class T, class F>
+void write(T* out, int64_t d, C lo, C hi, F f) {
+  C part[kTile];
+  for (int64_t at = 0; at < d; at += kTile) {
+    const int n = int(d - at < kTile ? d - at : kTile);
+#pragma omp simd
+    for (int k = 0; k < n; ++k) part[k] = f(at + k);
+#pragma omp simd
+    for (int k = 0; k < n; ++k) store(out[at + k], clamp(part[k], lo, hi));
+  }
 }
 
 template <class T>
@@ -33,10 +105,10 @@ struct Image {
 };
 
 template <class T>
-int64_t linf(const Image<T>& m) {
+int64_t linf(const Image<T> m) {
   using C = compute_t<T>;
   const C eps = C(m.eps);
-  int32_t bad = 0;
+  int64_t bad = 0;
 #pragma omp simd reduction(+ : bad)
   for (int64_t j = 0; j < m.d; ++j) {
     const C g = m.gradient(j);
@@ -47,34 +119,40 @@ int64_t linf(const Image<T>& m) {
 }
 
 template <class T>
-int64_t l2(const Image<T>& m, double step) {
+int64_t l2(const Image<T> m, double step) {
   using C = compute_t<T>;
-  const double gg = sum<double>(m.d, [&](int64_t j) {
+  int64_t bad = 0;
+  double gg = sum(m.d, [=](int64_t j) {
     const double g = double(m.gradient(j));
-    return is_finite(g) ? g * g : 0.0;
+    return g * g;
   });
-  const int64_t bad = sum<int64_t>(m.d, [&](int64_t j) { return int64_t(!is_finite(m.gradient(j))); });
+  if (!is_finite(gg)) {  // usually it is: then every entry was
+    bad = count(m.d, [=](int64_t j) { return !is_finite(m.gradient(j)); });
+    gg = sum(m.d, [=](int64_t j) {
+      const double g = double(m.gradient(j));
+      return is_finite(g) ? g * g : 0.0;
+    });
+  }
   const double scale = gg > 0 ? step / __builtin_sqrt(gg) : 0.0;
-  auto offset = [&](int64_t j) { return l2_offset(load(m.x[j]), load(m.x0[j]), m.gradient(j), scale); };
-  const double dd = sum<double>(m.d, [&](int64_t j) {
+  auto offset = [=](int64_t j) { return l2_offset(load(m.x[j]), load(m.x0[j]), m.gradient(j), scale); };
+  const double length = __builtin_sqrt(sum(m.d, [=](int64_t j) {
     const double v = double(offset(j));
     return v * v;
-  });
-  const double length = __builtin_sqrt(dd);
+  }));
   const C shrink = length > m.eps ? C(m.eps / length) : C(1);
-  for (int64_t j = 0; j < m.d; ++j) store(m.out[j], clamp(load(m.x0[j]) + offset(j) * shrink, m.lo, m.hi));
+  write(m.out, m.d, m.lo, m.hi, [=](int64_t j) { return load(m.x0[j]) + offset(j) * shrink; });
   return bad;
 }
 
 template <class T>
-int64_t l1(const Image<T>& m, double step, double sparsity) {
+int64_t l1(const Image<T> m, double step, double sparsity) {
   using C = compute_t<T>;
   using Key = decltype(magnitude_key(C(0)));
-  const int64_t bad = sum<int64_t>(m.d, [&](int64_t j) { return int64_t(!is_finite(m.gradient(j))); });
-  auto at_least = [&](Key key) {
-    return sum<int64_t>(m.d, [&](int64_t j) {
+  const int64_t bad = count(m.d, [=](int64_t j) { return !is_finite(m.gradient(j)); });
+  auto at_least = [=](Key key) {
+    return count(m.d, [=](int64_t j) {
       const C g = m.gradient(j);
-      return int64_t(l1_candidate(load(m.x[j]), g, m.lo, m.hi) && magnitude_key(g) >= key);
+      return l1_candidate(load(m.x[j]), g, m.lo, m.hi) & (magnitude_key(g) >= key);
     });
   };
   // The largest key that enough coordinates reach, bit by bit from the top.
@@ -85,37 +163,31 @@ int64_t l1(const Image<T>& m, double step, double sparsity) {
   const int64_t moved = at_least(threshold);
   const C each = moved ? C(step / double(moved)) : C(0);
 
-  auto offset = [&](int64_t j) {
+  auto offset = [=](int64_t j) {
     return l1_offset(load(m.x[j]), load(m.x0[j]), m.gradient(j), each, threshold, m.lo, m.hi);
   };
-  auto kept = [&](double lambda) {
-    return sum<double>(m.d, [&](int64_t j) {
+  auto kept = [=](double lambda) {  // and the number of coordinates on the slope
+    return sums(m.d, [=](int64_t j) {
       const auto o = offset(j);
-      return l1_keep(o.size, o.room, lambda);
-    });
-  };
-  auto on_slope = [&](double lambda) {
-    return sum<int64_t>(m.d, [&](int64_t j) {
-      const auto o = offset(j);
-      return int64_t(o.size > lambda && o.size - lambda < o.room);
+      return Two{l1_keep(o.size, o.room, lambda), (o.size > lambda) & (o.size - lambda < o.room) ? 1.0 : 0.0};
     });
   };
   double lambda = 0;
-  if (double all = kept(0); all > m.eps) {
+  if (Two all = kept(0); all.first > m.eps) {
     double largest = 0;
+#pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < m.d; ++j) {
       const double size = offset(j).size;
       largest = size > largest ? size : largest;
     }
     L1Search s = l1_search(largest);
-    while (l1_refine(s, all, on_slope(s.lambda), m.eps)) all = kept(s.lambda);
+    while (l1_refine(s, all.first, int64_t(all.second), m.eps)) all = kept(s.lambda);
     lambda = s.lambda;
   }
-  for (int64_t j = 0; j < m.d; ++j) {
+  write(m.out, m.d, m.lo, m.hi, [=](int64_t j) {
     const auto o = offset(j);
-    const C z = C(double(load(m.x0[j])) + o.sign * l1_keep(o.size, o.room, lambda));
-    store(m.out[j], clamp(z, m.lo, m.hi));
-  }
+    return C(double(load(m.x0[j])) + o.sign * l1_keep(o.size, o.room, lambda));
+  });
   return bad;
 }
 

@@ -7,9 +7,7 @@ namespace tsr {
 void relu_gate_portable(const ReluGate& a, int threads) { TSR_WITH_DTYPE(a.dtype, T, forward<T>(a, threads)) }
 void relu_gate_avx2(const ReluGate& a, int threads);
 void relu_gate_avx512(const ReluGate& a, int threads);
-void relu_gate_backward_portable(const ReluGateBackward& a, int threads) {
-  TSR_WITH_DTYPE(a.dtype, T, backward<T>(a, threads))
-}
+void relu_gate_backward_portable(const ReluGateBackward& a, int threads) { backward_any(a, threads); }
 void relu_gate_backward_avx2(const ReluGateBackward& a, int threads);
 void relu_gate_backward_avx512(const ReluGateBackward& a, int threads);
 

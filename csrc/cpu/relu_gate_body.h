@@ -31,20 +31,32 @@ void forward(const ReluGate& a, int threads) {
   }
 }
 
-template <class T>
+// Moves bits, whatever they mean: Word is an unsigned integer as long as an element.
+template <class Word>
 void backward(const ReluGateBackward& a, int threads) {
-  const T* v = static_cast<const T*>(a.v);
-  T* out = static_cast<T*>(a.out);
+  const Word* v = static_cast<const Word*>(a.v);
+  Word* out = static_cast<Word*>(a.out);
   const int64_t words = gate_words(a.d), total = a.n * words;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && total > 1024)
   for (int64_t w = 0; w < total; ++w) {
     const int64_t image = w / words, first = (w - image * words) * kGateBits, at = image * a.d + first;
     const uint32_t bits = a.gate[w];
     if (a.d - first >= kGateBits) {
-      for (int k = 0; k < kGateBits; ++k) out[at + k] = bits >> k & 1u ? v[at + k] : T{};
+      for (int k = 0; k < kGateBits; ++k) out[at + k] = v[at + k] & Word(-Word(bits >> k & 1u));
     } else {
-      for (int k = 0; k < int(a.d - first); ++k) out[at + k] = bits >> k & 1u ? v[at + k] : T{};
+      for (int k = 0; k < int(a.d - first); ++k) out[at + k] = v[at + k] & Word(-Word(bits >> k & 1u));
     }
+  }
+}
+
+void backward_any(const ReluGateBackward& a, int threads) {
+  switch (a.dtype) {
+    case Dtype::f32:
+      return backward<uint32_t>(a, threads);
+    case Dtype::f64:
+      return backward<uint64_t>(a, threads);
+    default:
+      return backward<uint16_t>(a, threads);
   }
 }
 

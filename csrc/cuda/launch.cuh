@@ -36,7 +36,7 @@ inline void check(cudaError_t e, const char* what) {
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stream, A... args) {
-  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)> > >(args...);
+  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), "kernel launch");
 }
 

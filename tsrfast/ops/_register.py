@@ -75,4 +75,4 @@ def per_image(op: str, name: str, value: float | Tensor, like: Tensor) -> tuple[
         raise InputError(f"tsrfast.{op}: {name} must be a number or of shape ({like.shape[0]},), got {tuple(value.shape)}")
     if value.device != like.device:
         raise InputError(f"tsrfast.{op}: {name} must be on {like.device}, got {value.device}")
-    return 0.0, value.to(torch.float64)
+    return 0.0, value.to(torch.float64).contiguous()
