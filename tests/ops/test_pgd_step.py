@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsrfast import ops, reference
+from tsrfast import _native, ops, reference
 from tsrfast.errors import InputError
 
 SHAPES = [(1, 1), (3, 31), (2, 257), (5, 3, 8, 8), (1, 1025)]
@@ -51,14 +51,16 @@ def test_dtypes(dtype, norm, device, assert_as_exact):
 def test_every_instruction_set_gives_the_same_bits(norm, isa):
     eps, size = BALLS[norm]
     for dtype in DTYPES:
-        args = inputs((3, 1027), "cpu", dtype)
-        got = step(*args, norm=norm, eps=eps, step_size=size)
-        ops_isa = got.clone()
-        from tsrfast import _native
-
-        _native.set_isa("portable")
-        assert torch.equal(step(*args, norm=norm, eps=eps, step_size=size), ops_isa)
-        _native.set_isa(isa)
+        for targeted in (False, True):
+            x, x0, g = inputs((3, 1027), "cpu", dtype)
+            g[1, ::50] = float("nan")
+            kw = {"norm": norm, "eps": eps, "step_size": size, "targeted": targeted}
+            _native.set_isa(isa)
+            got, bad = ops.pgd_step(x, x0, g, **kw)
+            _native.set_isa("portable")
+            want, want_bad = ops.pgd_step(x, x0, g, **kw)
+            assert torch.equal(got, want)
+            assert bad.tolist() == want_bad.tolist() == [0, 21, 0]
 
 
 def test_linf_float32_is_bitwise_the_reference(device):
