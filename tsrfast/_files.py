@@ -42,6 +42,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what kills in the middle of `atomic_path` left in `folders`, which nobody else may be writing to."""
+    for folder in folders:
+        for part in folder.glob(".*.part"):
+            part.unlink()
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path` by atomic rename.
 

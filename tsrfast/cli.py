@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from tsrfast.errors import EnvironmentFault, InputError
@@ -21,8 +22,6 @@ app = typer.Typer(
 @app.command()
 def info() -> None:
     """Print version, compiled backends, instruction set, torch and devices."""
-    import torch
-
     from tsrfast import __version__, _native
 
     c = _native._C
@@ -88,6 +87,9 @@ def main() -> None:
         raise SystemExit(2) from None
     except EnvironmentFault as e:
         print(f"tsrfast: {e}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        print(f"tsrfast: out of memory: {str(e).partition(chr(10))[0]}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -135,7 +135,7 @@ class Lab:
     ) -> dict[str, Tensor]:
         """Predictions on adversarial images (see `stages.attack`) made against `source`, or against the one student itself."""
         victim = source or students[0]
-        runs = {s.name: self.run_of(s.mode, s.run) for s in dict.fromkeys((victim, *students))}
+        runs = {f"{s.name} run {s.run}": self.run_of(s.mode, s.run) for s in dict.fromkeys((victim, *students))}
         config = self._settings() | {
             "attack": dataclasses.asdict(attack),
             "images": images,

@@ -15,7 +15,7 @@ import torch
 
 import tsrfast
 from tsrfast import _native
-from tsrfast._files import atomic_write
+from tsrfast._files import atomic_write, remove_leftovers
 from tsrfast.data import load
 from tsrfast.errors import EnvironmentFault, InputError, unknown
 from tsrfast.suite.experiments import EXPERIMENTS
@@ -91,6 +91,7 @@ def reproduce(
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     store = Store(out / "store")  # before the data are read: an unusable folder is said at once
     try:
+        remove_leftovers(out, out / "csv", out / "figures")
         with reporter.task("data"):
             data = load(data_spec, train=preset.train_images, test=preset.test_images)
         lab = Lab(data, preset, seed, device, store, reporter)

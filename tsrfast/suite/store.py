@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import tsrfast
-from tsrfast._files import atomic_write
+from tsrfast._files import atomic_write, remove_leftovers
 from tsrfast.errors import EnvironmentFault
 
 
@@ -90,8 +90,7 @@ class Store:
                 if work.exists() and not resumable:
                     shutil.rmtree(work)
                 work.mkdir(parents=True, exist_ok=True)
-                for part in work.glob(".*.part"):  # a kill in the middle of an atomic write
-                    part.unlink()
+                remove_leftovers(work)
                 build(work)
                 atomic_write(work / "stage.json", text)
                 os.replace(work, done)

@@ -1,0 +1,70 @@
+"""The main job, apart from what the experiments compute."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tsrfast.errors import EnvironmentFault, InputError
+from tsrfast.suite.experiments import EXPERIMENTS
+from tsrfast.suite.experiments._common import number
+from tsrfast.suite.presets import SMOKE
+from tsrfast.suite.progress import Reporter
+from tsrfast.suite.reproduce import choose_device, reproduce
+
+
+def run(names, out, data="synthetic", seed=0):
+    return reproduce(names, SMOKE, data, out, torch.device("cpu"), seed, Reporter())
+
+
+def test_numbers_that_are_not_defined_are_null(tmp_path, monkeypatch):
+    """The correlation of constants, say: a long run must not end in an error for it."""
+
+    def experiment(lab):
+        cells = [number("row", "column", math.nan, 3, group="group")]
+        curves = [{"panel": "p", "name": "c", "x": [0, 1], "y": [math.nan, 1.0]}]
+        common = {"title": "t", "summary": "s", "claims": [], "settings": {}, "notes": []}
+        return common | {"cells": cells, "curves": curves}
+
+    monkeypatch.setitem(EXPERIMENTS, "fig2", experiment)
+    assert run(["fig2"], tmp_path) == tmp_path / "report.html"
+    (e,) = json.loads((tmp_path / "results.json").read_text())["experiments"].values()
+    assert e["cells"][0]["measured"] is None
+    assert e["curves"][0]["y"] == [None, 1.0]
+
+
+def test_wrong_names_are_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(InputError, match="unknown experiment 'fig1'; did you mean 'fig"):
+        run(["fig2", "fig1"], tmp_path / "out")
+    with pytest.raises(InputError, match="--seed: must be 0 or more, got -1"):
+        run([], tmp_path / "out", seed=-1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unusable_folder_is_said_before_the_data_are_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="cannot write"):
+        run([], tmp_path / "file", data="cifar10:/no/such/place")
+
+
+def test_the_folder_is_free_again_after_a_failure(tmp_path):
+    for _ in range(2):
+        with pytest.raises(InputError, match="path must exist"):
+            run([], tmp_path, data="cifar10:/no/such/place")
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    for name, message in (
+        ("tpu", "unknown device 'tpu'"),
+        ("cud", "unknown device 'cud'; did you mean 'cuda'"),
+        ("", "unknown device ''"),
+        ("cuda:x", "--device: must be cpu, cuda or cuda:N, got 'cuda:x'"),
+        ("cuda:-1", "--device: must be cpu, cuda or cuda:N, got 'cuda:-1'"),
+        ("cpu:", "--device: must be cpu, cuda or cuda:N, got 'cpu:'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            choose_device(name)
+    with pytest.raises(EnvironmentFault, match=r"--device cuda:99: there is no such CUDA device here \(\d+ found\)"):
+        choose_device("cuda:99")
