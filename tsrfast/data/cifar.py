@@ -46,10 +46,10 @@ def load_cifar10(path: str, *, train: int | None = None, test: int | None = None
     """CIFAR-10 from `path` (see the module's text for what that may be): images uint8 [N, 3, 32, 32], ten classes.
 
     Args:
-        train, test: the first so many images only (None: all).
+        train, test: at most the first so many images (None: all).
 
     Raises:
-        InputError: nothing usable at `path`, a damaged or suspicious file, or fewer images than asked for.
+        InputError: nothing usable at `path`, or a damaged or suspicious file.
         EnvironmentFault: a file cannot be read.
     """
     notes: tuple[str, ...] = ()

@@ -104,6 +104,8 @@ def reproduce(
                 "name": data.name,
                 "fingerprint": data.fingerprint,
                 "sizes": {"train": len(data.train), "test": len(data.test)},
+                "sources": [{"file": name, "sha256": digest} for name, digest in data.sources],
+                "notes": list(data.notes),
             },
             "device": device.type,
             "settings": dataclasses.asdict(preset),
