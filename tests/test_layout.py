@@ -140,11 +140,16 @@ def test_instruction_set_files_share_no_code():
         assert not wrong, f"{source.name} includes {wrong}"
 
 
-@pytest.mark.parametrize("module", ["tsrfast", "tsrfast.ops", "tsrfast.attacks", "tsrfast.specialization"])
-def test_import_is_light(module):
-    code = f"import sys, {module}; print(sorted(set({LATE}) & set(sys.modules)))"
+def test_imports_are_light():
+    modules = ["tsrfast", "tsrfast.ops", "tsrfast.attacks", "tsrfast.specialization"]
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+    print(module, *sorted(set({LATE}) & set(sys.modules)))
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.split("\n")[:-1] == modules
 
 
 def tracked() -> list[Path]:
@@ -158,6 +163,8 @@ def tracked() -> list[Path]:
 def test_tracked_files_stand_alone():
     beside, launch = "../" + "shared", "<" * 3
     for path in tracked():
+        if path.is_relative_to(ROOT / ".ci"):  # knows its surroundings; not in the sdist
+            continue
         text = path.read_bytes().decode(errors="replace")
         assert beside not in text, f"{path.relative_to(ROOT)} points outside of the project"
         if path.suffix in (".cu", ".cuh", ".h", ".cpp") and path.name != "launch.cuh":

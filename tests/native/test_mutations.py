@@ -1,0 +1,112 @@
+"""Typical CUDA mistakes, planted one at a time: does emu_check (sanitized, threads in random order) notice each?
+
+Slow (it compiles): pytest -m slow tests/native/test_mutations.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+OPS = ["channel_correlation", "pgd_step", "philox_uniform", "relu_gate"]
+
+
+class Fault(NamedTuple):
+    file: str  # in csrc/cuda
+    right: str  # its first occurrence is replaced
+    wrong: str
+
+
+FAULTS = {
+    "no barrier before partial sums are read": Fault(
+        "reduce.cuh", "part[threadIdx.x / 32] = v;\n  __syncthreads();", "part[threadIdx.x / 32] = v;"
+    ),
+    "no barrier before partial sums are reused": Fault("reduce.cuh", "neutral, op);\n  __syncthreads();", "neutral, op);"),
+    "one partial sum too many": Fault("reduce.cuh", "< blockDim.x / 32 ?", "<= blockDim.x / 32 ?"),
+    "shuffle starts at 8": Fault("reduce.cuh", "int o = 16", "int o = 8"),
+    "wrong lane mask": Fault("reduce.cuh", "0xffffffffu", "0x0000ffffu"),
+    "maximum is minimum": Fault("reduce.cuh", "a > b ? a : b", "a > b ? b : a"),
+    "unguarded store": Fault("pgd_step.cu", "if (j < a.d) store(m.out[j]", "store(m.out[j]"),
+    "unguarded load": Fault("pgd_step.cu", "j < a.d ? m.gradient(j) : C(0)", "m.gradient(j)"),
+    "loop runs one too far": Fault(
+        "pgd_step.cu", "for (int64_t j = threadIdx.x; j < a.d;", "for (int64_t j = threadIdx.x; j <= a.d;"
+    ),
+    "stride forgets a warp": Fault("pgd_step.cu", "j += kThreads", "j += kThreads - 32"),
+    "shared memory too small": Fault("pgd_step.cu", "32 * sizeof(double)", "4 * sizeof(double)"),
+    "every lane adds the warp's count": Fault("pgd_step.cu", "if (nan && threadIdx.x % 32 == 0)", "if (nan)"),
+    "gate bit of the wrong lane": Fault("relu_gate.cu", "a.gate[w] >> lane & 1u", "a.gate[w] >> (lane ^ 1) & 1u"),
+    "vote inside a branch": Fault(
+        "relu_gate.cu", "const uint32_t bits = __ballot", "if (!there) continue;\n    const uint32_t bits = __ballot"
+    ),
+    "rows overwritten while read": Fault("channel_correlation.cu", "__syncthreads();  // sums are there", "// sums are there"),
+    "unguarded channel": Fault("channel_correlation.cu", "if (k < cs && col < ct)", "if (k < cs)"),
+    "student's shift for the teacher": Fault("channel_correlation.cu", "shift + kK, rows", "shift, rows"),
+    "counter of the wrong image": Fault("philox_uniform.cu", "a.index[i]", "a.index[0]"),
+    "last block unguarded": Fault("philox_uniform.cu", "if (j + k < a.d) a.out", "a.out"),
+}
+
+
+def compiled(source: Path, to: Path, *include: Path) -> Path:
+    """An object of a C++ or (as C++) CUDA file; `include` directories come before csrc."""
+    flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-DTSR_EMU"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    folders = [f"-I{i}" for i in (*include, CSRC)]
+    subprocess.run(["g++", *flags, *sanitizers, *folders, "-x", "c++", "-c", str(source), "-o", str(to)], check=True)
+    return to
+
+
+def outcome(objects: list[Path], program: Path) -> str:
+    """What went wrong in some order of threads, or nothing."""
+    subprocess.run(["g++", "-fopenmp", "-fsanitize=address,undefined", *map(str, objects), "-o", str(program)], check=True)
+    for order in ("forward", "random"):
+        env = {**os.environ, "EMU_ORDER": order}
+        run = subprocess.run([str(program)], capture_output=True, text=True, env=env, timeout=300)
+        if run.returncode:
+            said = (run.stderr + run.stdout).splitlines()
+            return next((s for s in said if re.search("ERROR|runtime error|emu:|cuda ", s)), said[-1] if said else "killed")
+    return ""
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[str, Path]:
+    """Objects of the sources as they are (portable CPU twins: this is about the other side)."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("sound")
+    sources = {f"{op}.cu": CSRC / "cuda" / f"{op}.cu" for op in OPS}
+    sources |= {f"{op}.cpp": CSRC / "cpu" / f"{op}.cpp" for op in (*OPS, "isa")}
+    sources["emu_check.cpp"] = ROOT / "tests" / "native" / "emu_check.cpp"
+    return {name: compiled(source, folder / f"{name}.o") for name, source in sources.items()}
+
+
+def test_control_passes(sound, tmp_path):
+    assert outcome(list(sound.values()), tmp_path / "check") == ""
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_noticed(name, sound, tmp_path):
+    fault = FAULTS[name]
+    text = (CSRC / "cuda" / fault.file).read_text()
+    assert fault.right in text, f"{fault.file} has changed: plant this fault elsewhere"
+    (tmp_path / "cuda").mkdir()
+    mutant = tmp_path / "cuda" / fault.file
+    mutant.write_text(text.replace(fault.right, fault.wrong, 1))
+    changed = [f"{op}.cu" for op in OPS if f"{op}.cu" == fault.file]
+    if fault.file.endswith(".cuh"):  # included by name: the mutated copy comes first
+        changed = [f"{op}.cu" for op in OPS if f"cuda/{fault.file}" in (CSRC / "cuda" / f"{op}.cu").read_text()]
+    objects = dict(sound)
+    for unit in changed:
+        source = mutant if unit == fault.file else CSRC / "cuda" / unit
+        objects[unit] = compiled(source, tmp_path / f"{unit}.o", tmp_path)
+    said = outcome(list(objects.values()), tmp_path / "check")
+    print(f"{name}: {said}")
+    assert said, "not noticed"
