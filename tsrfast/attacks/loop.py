@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tsrfast.attacks.losses import Loss
+from tsrfast.attacks.losses import Loss, wrong
 from tsrfast.attacks.starts import random_start
 from tsrfast.attacks.threat import Threat
 from tsrfast.errors import InputError
@@ -67,13 +67,16 @@ class Best:
 def undisturbed(*models: nn.Module, device: torch.device) -> Iterator[None]:
     """Run models in eval mode with gradients on, and leave modes (of every submodule) and random states as they were."""
     modules = {m: m.training for model in models for m in model.modules()}
-    cuda = [device] if device.type == "cuda" else []
+    random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         for m in modules:
             m.training = False
-        with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state(random[1], device)
         for m, training in modules.items():
             m.training = training
 
@@ -88,12 +91,26 @@ def check_logits(logits: Tensor, n: int, y: Tensor | None) -> None:
         raise InputError(f"tsrfast.attacks: y must be in 0..{logits.shape[1] - 1}, the model's classes, got {bad}")
 
 
-def _evaluate(model: nn.Module, plan: Plan, x: Tensor, y: Tensor | None, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model and a loss at one iterate."""
+
+    logits: Tensor
+    loss: Tensor
+    answer: Tensor
+    targeted: bool
+
+    @property
+    def adversarial(self) -> Tensor:
+        """bool ``[N]``; worked out only where somebody asks."""
+        return wrong(self.logits, self.answer) ^ self.targeted
+
+
+def _evaluate(model: nn.Module, plan: Plan, x: Tensor, y: Tensor | None, first: bool) -> Evaluation:
     logits = model(x)
     if first:  # once an attack: looking at labels waits for a GPU
         check_logits(logits, len(x), y)
-    value, adversarial = plan.loss(x, logits, y)
-    return logits, value, ~adversarial if plan.targeted else adversarial
+    return Evaluation(logits, *plan.loss(x, logits, y), plan.targeted)
 
 
 def run_loop(
@@ -124,17 +141,17 @@ def run_loop(
             x = x0.clone()
         for step in range(plan.steps):
             leaf = x.detach().requires_grad_()
-            logits, value, adversarial = _evaluate(model, plan, leaf, y, first=queries == 0)
+            at = _evaluate(model, plan, leaf, y, first=queries == 0)
             queries += 1
             # The sum: an image's gradient must not depend on its batch. allow_unused: a loss may ignore x (a constant model).
-            gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
+            gradient = torch.autograd.grad(at.loss.sum(), leaf, allow_unused=True)[0]
             g = torch.zeros_like(x) if gradient is None else gradient
             if not same_layout(g, x):
                 g = torch.empty_like(x).copy_(g)
             if plan.on_step is not None:
-                plan.on_step(StepState(restart, step, x.clone(), logits.detach(), value.detach(), adversarial, g))
+                plan.on_step(StepState(restart, step, x.clone(), at.logits.detach(), at.loss.detach(), at.adversarial, g))
             if plan.keep == "best":
-                best = _offer(best, x.clone(), value.detach(), adversarial, plan.targeted)
+                best = _offer(best, x.clone(), at)
             with torch.no_grad():
                 t = plan.threat
                 bad += pgd_step_(
@@ -142,9 +159,9 @@ def run_loop(
                 )
         if judge:
             with torch.no_grad():
-                logits, value, adversarial = _evaluate(model, plan, x, y, first=queries == 0)
+                at = _evaluate(model, plan, x, y, first=queries == 0)
             queries += 1
-            best = _offer(best, x, value, adversarial, plan.targeted)
+            best = _offer(best, x, at)
         else:
             nothing = torch.full((n,), torch.nan, dtype=x0.dtype, device=x0.device)
             best = Best(x, nothing, torch.zeros(n, dtype=torch.bool, device=x0.device))
@@ -152,8 +169,8 @@ def run_loop(
     return best, bad, queries
 
 
-def _offer(best: Best | None, x: Tensor, loss: Tensor, adversarial: Tensor, targeted: bool) -> Best:
+def _offer(best: Best | None, x: Tensor, at: Evaluation) -> Best:
     if best is None:
-        return Best(x, loss, adversarial)
-    best.offer(x, loss, adversarial, targeted)
+        return Best(x, at.loss.detach(), at.adversarial)
+    best.offer(x, at.loss.detach(), at.adversarial, at.targeted)
     return best

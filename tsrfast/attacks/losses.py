@@ -1,4 +1,4 @@
-"""What an attack increases: one value an image, and whether the image counts as adversarial.
+"""What an attack increases: one value an image, and the right answer that an adversarial image makes the model miss.
 
 Every loss is a small object called as ``loss(x, logits, y)`` with the iterate x (pixels in [0, 1]), the attacked model's logits
 there, and the labels; the oracle losses of the teacher-student setting evaluate their teacher at the same x. Losses are summed,
@@ -18,7 +18,11 @@ from tsrfast.errors import InputError, unknown
 
 
 class Loss:
-    """Base of all losses: ``loss(x, logits, y) -> (value [N], adversarial [N] bool)``."""
+    """Base of all losses: ``loss(x, logits, y) -> (value [N], answer)``.
+
+    `answer` is what the model should say at x: labels ``[N]``, or another model's logits ``[N, classes]``. An image is adversarial
+    where the model says otherwise (`wrong`).
+    """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
@@ -38,8 +42,9 @@ def _gap(logits: Tensor, label: Tensor) -> Tensor:
     return logits.scatter(1, here, -torch.inf).amax(1) - logits.gather(1, here).squeeze(1)
 
 
-def _wrong(logits: Tensor, y: Tensor) -> Tensor:
-    return logits.detach().argmax(1) != y
+def wrong(logits: Tensor, answer: Tensor) -> Tensor:
+    """Where the model's answer differs from `answer` (labels ``[N]`` or logits): bool ``[N]``. Ties go to the lowest class."""
+    return logits.detach().argmax(1) != (answer.detach().argmax(1) if answer.ndim == 2 else answer)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class CrossEntropy(Loss):
 
     def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         assert y is not None
-        return F.cross_entropy(logits, y, reduction="none"), _wrong(logits, y)
+        return F.cross_entropy(logits, y, reduction="none"), y
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Margin(Loss):
 
     def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         assert y is not None
-        return _gap(logits, y), _wrong(logits, y)
+        return _gap(logits, y), y
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class _Oracle(Loss):
             raise InputError(
                 f"tsrfast.attacks: teacher must give the student's logits {tuple(logits.shape)}, got {tuple(teacher.shape)}"
             )
-        return self.value(logits, teacher), _wrong(logits, teacher.detach().argmax(1))
+        return self.value(logits, teacher), teacher
 
 
 @dataclass(frozen=True)
