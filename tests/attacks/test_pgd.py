@@ -345,6 +345,11 @@ def test_nan_gradients_are_counted_and_images_stay_finite():
     assert result.bad_gradients.tolist() == [2 * 192, 2 * 192]
 
 
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach().flatten(1)
+
+
 X, Y = batch(2)
 
 
@@ -377,6 +382,7 @@ X, Y = batch(2)
         (lambda: PGD()(net(), X, Y, index=torch.arange(3)), "index must be int64 of shape"),
         (lambda: PGD(eps=torch.ones(3))(net(), X, Y), r"eps must be a number or of shape \(2,\)"),
         (lambda: PGD()(nn.Flatten(0), X, Y), "model must return logits"),
+        (lambda: PGD()(Detached(), X, Y), "model must be differentiable"),
         (lambda: PGD(loss=OracleL2(nn.Flatten()))(net(), X), "teacher must give the student's logits"),
     ],
 )

@@ -143,6 +143,10 @@ def run_loop(
             leaf = x.detach().requires_grad_()
             at = _evaluate(model, plan, leaf, y, first=queries == 0)
             queries += 1
+            if not at.loss.requires_grad:
+                raise InputError(
+                    "tsrfast.attacks: model must be differentiable, but its loss has no gradient (detached, or no_grad inside?)"
+                )
             # The sum: an image's gradient must not depend on its batch. allow_unused: a loss may ignore x (a constant model).
             gradient = torch.autograd.grad(at.loss.sum(), leaf, allow_unused=True)[0]
             g = torch.zeros_like(x) if gradient is None else gradient

@@ -75,7 +75,9 @@ class Preset:
         if not all(0 <= ratio < 1 for ratio in self.prune_ratios):
             raise InputError(f"--set prune_ratios: must be numbers in [0, 1), got {list(self.prune_ratios)}")
         if self.eps > 1:
-            raise InputError(f"--set eps: must be in pixels of [0, 1], got {self.eps}; did you mean {self.eps}/255 = {self.eps / 255:.4f}?")
+            raise InputError(
+                f"--set eps: must be in pixels of [0, 1], got {self.eps}; did you mean {self.eps}/255 = {self.eps / 255:.4f}?"
+            )
         if len(self.prune_ratios) != len(self.widths):
             raise InputError(
                 f"--set prune_ratios: must be {len(self.widths)} numbers, one a layer of widths, got {list(self.prune_ratios)}"
