@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [i for i in items if "slow" not in i.keywords]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not in the repository's root, where a Python started by a test would import the source tree instead of what is installed."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(params=["cpu", "emu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Each kernel three ways: the CPU twin, the CUDA source emulated on the CPU, the CUDA kernel."""
@@ -34,7 +45,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture(params=_native._C.isa_levels())
-def isa(request: pytest.FixtureRequest) -> str:
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set this CPU can run."""
     before = _native._C.isa()
     _native.set_isa(request.param)

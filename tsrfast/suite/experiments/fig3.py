@@ -28,10 +28,6 @@ def run(lab: Lab) -> dict[str, Any]:
             nc = lab.correlation(student)[layer]
             column = "untrained" if student == UNTRAINED else student.name
             cells.append(number(panel, column, mbnc(nc), nc.count, group="MBNC: mean of BNC over teacher nodes"))
-        for student in AT_AND_ST300:
-            nc = lab.correlation(student)[layer]
-            counts = specialized_counts(nc)
-            cells.append(number(panel, student.name, counts.specialized, nc.count, group="Student nodes with NC > 0.9"))
         series = [mbnc(lab.correlation(s)[layer]) for s in AT]
         claims += [
             compare(f"layer {layer}: MBNC of AT(300) is above that of ST(300)", series[-1], ">", mbnc(lab.correlation(ST300)[layer]),
@@ -42,6 +38,19 @@ def run(lab: Lab) -> dict[str, Any]:
                      if_failed="Size: checkpoints lie a few hundred updates apart at a constant learning rate, where MBNC of a layer "
                      "goes up and down by about as much as it rises. More epochs, or means over seeds, would decide."),
         ]  # fmt: skip
+    counted = {
+        "Student nodes with NC > 0.9 (specialized)": lambda nc: specialized_counts(nc).specialized,
+        "Student nodes with NC < 0.8 (unspecialized)": lambda nc: specialized_counts(nc).unspecialized,
+        "Dead student nodes (activation does not vary)": lambda nc: int(nc.dead_student.sum()),
+    }
+    for group, value in counted.items():
+        for layer in layers:
+            for student in AT_AND_ST300:
+                nc = lab.correlation(student)[layer]
+                cells.append(number(f"layer {layer}", student.name, value(nc), nc.count, group=group))
+            if group.startswith("Dead"):
+                nc = lab.correlation(ST300)[layer]
+                cells.append(number(f"layer {layer}", "oracle", int(nc.dead_teacher.sum()), nc.count, group=group))
     return {
         "title": "Figure 3: adversarial training specializes neurons, in every layer",
         "summary": "For each node of the oracle, the largest normalized correlation with any student node of the same layer (BNC), sorted. "

@@ -14,7 +14,8 @@ SOURCE = "section 5.4, Fig. 4"
 
 def _curves(lab: Lab, student: Student) -> tuple[list[float], list[float]]:
     """Sorted eps_in and eps_out of the best student k(j) of each oracle node j."""
-    eps_in, eps_out = eps_curves(lab.correlation(student)[0].rho, *lab.subspace(student))
+    nc = lab.correlation(student)[0]
+    eps_in, eps_out = eps_curves(nc.rho, *lab.subspace(student), dead_teacher=nc.dead_teacher)
     return eps_in.tolist(), eps_out.tolist()
 
 
