@@ -23,9 +23,7 @@ def uniform(n: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(0, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.integers(0, 99)
-)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.integers(0, 99))
 def test_crop_is_a_slice_of_the_padded_image(n, c, h, w, padding, seed):
     x, u = batch(n, c, h, w), uniform(n, 2, seed)
     out = random_crop(x, u, padding)

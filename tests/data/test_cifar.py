@@ -63,10 +63,7 @@ def test_batches_written_by_python_2(pictures):
     stream = (
         b"\x80\x02}(U\x06labelsq\x00](K\x03K\x09eU\x04datacnumpy.core.multiarray\n_reconstruct\n"
         b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
-        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
-        + len(raw).to_bytes(4, "little")
-        + raw
-        + b"tbu."
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + len(raw).to_bytes(4, "little") + raw + b"tbu."
     )
     pickletools.dis(stream, io.StringIO())  # well formed
     split = read_batch(stream, "data_batch_1")
@@ -82,9 +79,7 @@ def test_archive_round_trip(tmp_path, write_batches):
     assert data.fingerprint == plain.fingerprint
     assert data.sources == (("cifar-10-python.tar.gz", hashlib.sha256(archive.read_bytes()).hexdigest()),)
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    assert data.notes == (
-        f"cifar-10-python.tar.gz: MD5 {md5}, not the published archive (c58f30108f718f92721af3b95e74349a)",
-    )
+    assert data.notes == (f"cifar-10-python.tar.gz: MD5 {md5}, not the published archive (c58f30108f718f92721af3b95e74349a)",)
     assert len(load(f"cifar10:{archive}", train=3).train) == 3
 
 
@@ -137,9 +132,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, write_batches):
     for name, payload in payloads.items():
         folder = write_batches(tmp_path / "b", payload=payload)
         wanted = name.replace(".", r"\.").replace("builtins", "(builtins|__builtin__)").replace("posix", "(posix|nt)")
-        with pytest.raises(
-            InputError, match=rf"data_batch_2: refused, the pickle wants the global '{wanted}'.*run code"
-        ):
+        with pytest.raises(InputError, match=rf"data_batch_2: refused, the pickle wants the global '{wanted}'.*run code"):
             load(f"cifar10:{folder}")
         archive = pack(folder, tmp_path / "b.tar.gz")
         with pytest.raises(InputError, match="member data_batch_2: refused"):
@@ -236,9 +229,7 @@ def test_odd_members_are_refused(tmp_path, write_batches, kind):
 
 
 def test_missing_files(tmp_path, write_batches):
-    with pytest.raises(
-        InputError, match=r"cifar10:PATH must hold cifar-10-batches-py/, cifar-10-python\.tar\.gz or train-"
-    ):
+    with pytest.raises(InputError, match=r"cifar10:PATH must hold cifar-10-batches-py/, cifar-10-python\.tar\.gz or train-"):
         load(f"cifar10:{tmp_path}")
     folder = write_batches(tmp_path / "b")
     (folder / "data_batch_3").unlink()

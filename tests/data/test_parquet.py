@@ -69,9 +69,7 @@ def test_pair_and_image_column_and_jpeg(tmp_path, pictures, write_parquet):
 
 def test_missing_part(folder):
     (folder / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(
-        InputError, match="train parquet files must be one complete set of parts, got train-00001-of-00002"
-    ):
+    with pytest.raises(InputError, match="train parquet files must be one complete set of parts, got train-00001-of-00002"):
         load(f"cifar10:{folder}")
 
 

@@ -105,9 +105,7 @@ def _from_folder(folder: Path, train: int | None, test: int | None) -> tuple[tup
     return (_join(read, _TRAIN, "train", train), _join(read, _BATCHES[5:], "test", test)), sources
 
 
-def _from_archive(
-    file: Path, train: int | None, test: int | None
-) -> tuple[tuple[Split, Split], _Sources, tuple[str, ...]]:
+def _from_archive(file: Path, train: int | None, test: int | None) -> tuple[tuple[Split, Split], _Sources, tuple[str, ...]]:
     data, digest = read_bytes(file)
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
     verdict = "the published archive" if md5 == PUBLISHED_MD5 else f"not the published archive ({PUBLISHED_MD5})"

@@ -44,9 +44,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, /, **metadat
     document = {"architecture": architecture(model), "metadata": metadata}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(
-                f"tsrfast.save_checkpoint: model must have finite weights, got NaN or infinity in {name!r}"
-            )
+            raise InputError(f"tsrfast.save_checkpoint: model must have finite weights, got NaN or infinity in {name!r}")
     write_tensor_file(path, tensors, document)
 
 
@@ -93,8 +91,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         given = tensors[name]
         if given.shape != target.shape or given.dtype != target.dtype:
             raise InputError(
-                f"{source}: tensor {name!r} must be {target.dtype} {list(target.shape)}, "
-                f"got {given.dtype} {list(given.shape)}"
+                f"{source}: tensor {name!r} must be {target.dtype} {list(target.shape)}, got {given.dtype} {list(given.shape)}"
             )
     with torch.no_grad():
         for name, target in wanted.items():

@@ -171,9 +171,7 @@ def init_(model: ModuleT, seed: int) -> ModuleT:
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 for parameter in (module.weight, module.bias):
                     if parameter is not None:
-                        drawn = torch.empty(parameter.shape, dtype=torch.float32).uniform_(
-                            -bound, bound, generator=generator
-                        )
+                        drawn = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
                         parameter.copy_(drawn)
             elif isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
@@ -185,7 +183,5 @@ def _sizes(name: str, values: Sequence[int], length: int | None = None) -> tuple
     sizes = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
     integers = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in sizes)
     if not sizes or not integers or len(sizes) != (length or len(sizes)):
-        raise InputError(
-            f"tsrfast.ConvReLU: {name} must be {length or 'one or more'} positive integers, got {values!r}"
-        )
+        raise InputError(f"tsrfast.ConvReLU: {name} must be {length or 'one or more'} positive integers, got {values!r}")
     return sizes

@@ -47,9 +47,7 @@ def prune_masks(model: ConvReLU, ratios: Sequence[float]) -> list[Tensor]:
         InputError: not one ratio in [0, 1) per layer, or a layer would lose all its channels.
     """
     if len(ratios) != len(model.widths):
-        raise InputError(
-            f"tsrfast.prune_masks: ratios must be {len(model.widths)} numbers, one a layer, got {len(ratios)}"
-        )
+        raise InputError(f"tsrfast.prune_masks: ratios must be {len(model.widths)} numbers, one a layer, got {len(ratios)}")
     masks = []
     for layer, (channels, ratio) in enumerate(zip(model.widths, ratios, strict=True)):
         if not 0 <= ratio < 1 or int(channels * ratio) >= channels:
@@ -89,9 +87,7 @@ def shrink(model: ConvReLU, masks: Sequence[Tensor]) -> ConvReLU:
     _check_masks("shrink", model, masks)
     for layer, mask in enumerate(masks):
         if not mask.any():
-            raise InputError(
-                f"tsrfast.shrink: masks must keep at least one channel a layer, got none for layer {layer}"
-            )
+            raise InputError(f"tsrfast.shrink: masks must keep at least one channel a layer, got none for layer {layer}")
     old = model.state_dict()
     new = {name: value for name, value in old.items() if name in ("mean", "std", "head.bias")}
     kept = [mask.to(model.head.weight.device).nonzero().flatten() for mask in masks]
@@ -176,6 +172,4 @@ def _build(model: ConvReLU, config: Mapping[str, Any], tensors: Mapping[str, Ten
 def _check_masks(function: str, model: ConvReLU, masks: Sequence[Tensor]) -> None:
     shapes = [(list(m.shape), str(m.dtype).removeprefix("torch.")) for m in masks]
     if shapes != [([c], "bool") for c in model.widths]:
-        raise InputError(
-            f"tsrfast.{function}: masks must be bool of lengths {list(model.widths)}, one a layer, got {shapes}"
-        )
+        raise InputError(f"tsrfast.{function}: masks must be bool of lengths {list(model.widths)}, one a layer, got {shapes}")

@@ -60,9 +60,7 @@ def read_tensor_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     except safetensors.SafetensorError as e:
         with path.open("rb") as f:
             pickled = f.read(4).startswith(_PICKLE_STARTS)
-        hint = (
-            "; it looks like a pickle (.pt, .pth), which is never loaded because that could run code" if pickled else ""
-        )
+        hint = "; it looks like a pickle (.pt, .pth), which is never loaded because that could run code" if pickled else ""
         raise InputError(f"{path} is not a complete safetensors file: {e}{hint}") from e
     if text is None:
         raise InputError(f"{path} is a safetensors file without tsrfast metadata (no architecture to build)")

@@ -28,9 +28,7 @@ class Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save_state(
-    path: Path, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any], progress: Progress
-) -> None:
+def save_state(path: Path, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any], progress: Progress) -> None:
     """Write weights, buffers, optimiser state and progress to `path` by atomic rename.
 
     Raises:

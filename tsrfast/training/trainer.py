@@ -202,8 +202,7 @@ def _step(solver: Optimizer, loss: Tensor, step: int, epoch: int, lr: float) -> 
     value = loss.item()
     if not math.isfinite(value):
         raise InputError(
-            f"tsrfast.train: loss must stay finite, got {value} at step {step} (epoch {epoch}) with lr {lr:g}; "
-            "try a smaller lr"
+            f"tsrfast.train: loss must stay finite, got {value} at step {step} (epoch {epoch}) with lr {lr:g}; try a smaller lr"
         )
     solver.zero_grad(set_to_none=True)  # after the objective: an attack may leave gradients in the parameters
     loss.backward()
@@ -292,6 +291,4 @@ def _require(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.is_file():
             advice = f"remove {path.parent / STATE} to train again"
-            raise InputError(
-                f"tsrfast.train: folder must still hold the snapshots of its run, {path} is gone; {advice}"
-            )
+            raise InputError(f"tsrfast.train: folder must still hold the snapshots of its run, {path} is gone; {advice}")
