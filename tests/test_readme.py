@@ -24,6 +24,7 @@ def test_attack_example(capsys):
 def test_specialization_example(capsys):
     (code,) = (c for c in EXAMPLES if "tsrfast.specialization" in c)
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    nn.init.ones_(teacher[0].bias)  # no dead channel
     exec(code, {"student_act": teacher, "teacher_act": teacher, "batches": torch.rand(3, 2, 3, 8, 8)})
     assert "specialized=4" in capsys.readouterr().out
 

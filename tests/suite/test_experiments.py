@@ -22,6 +22,8 @@ from tsrfast.suite.stages import AttackSpec
 EPOCHS = (50, 100, 150, 200, 300)
 AT_AND_ST = [*(f"AT({t})" for t in EPOCHS), "ST(300)"]
 WHITE_BOX = ("l_inf PGD", "CW", "FGSM", "l_2 PGD", "l_1 PGD")
+READINGS = ("FGSM, one step of 0.01", "l_2 PGD, eps = 10/255", "l_1 PGD, eps = 10/255")
+OTHER_READINGS = "Other readings of the unpublished radii and steps"
 SURROGATE = {"mode": "st_logit", "epoch": 300, "run": 1}
 
 
@@ -194,6 +196,9 @@ def test_table1_claims_have_the_cells_numbers(tiny):
         column = [row(name, [student])[0] for name in WHITE_BOX]
         wanted[f"{student}: l_inf PGD is the strongest white-box attack"] = (column[0], min(column[1:]))
         wanted[f"{student}: accuracy rises in the order l_inf PGD, CW, FGSM, l_2 PGD, l_1 PGD"] = (column, None)
+        others = [measured(tiny, "table1", name, [student], OTHER_READINGS)[0] for name in READINGS]
+        text = f"{student}: the same without CW, with radius 10/255 in every norm and FGSM as one step of 0.01"
+        wanted[text] = ([column[0], *others], None)
     claims = {c["text"]: (c["left"], c["right"]) for c in tiny.results["experiments"]["table1"]["claims"]}
     assert claims == wanted
 
