@@ -58,10 +58,6 @@ def reproduce(
     from tsrfast.suite.reproduce import reproduce as run
 
     reporter = Reporter()
-    if data == "synthetic":
-        reporter.say(
-            "synthetic images; for real ones: --data cifar10:PATH (batches folder, cifar-10-python.tar.gz or parquet files)"
-        )
     chosen, where = choose_preset(preset, set_ or []), choose_device(device)
     try:
         print(run(experiments or [], chosen, data, out, where, seed, reporter))

@@ -94,6 +94,10 @@ def reproduce(
         remove_leftovers(out, out / "csv", out / "figures")
         with reporter.task("data"):
             data = load(data_spec, train=preset.train_images, test=preset.test_images)
+        if data_spec == "synthetic":
+            reporter.say(
+                "generated images; for real ones: --data cifar10:PATH (batches folder, cifar-10-python.tar.gz or parquet files)"
+            )
         lab = Lab(data, preset, seed, device, store, reporter)
         results = {
             "schema": 1,
