@@ -327,7 +327,7 @@ def test_ctrl_c_and_on(tmp_path):
     ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         said = [next(running.stderr), next(running.stderr)]
-        assert said[1].startswith("data: ")  # the teacher is next
+        assert said[0].startswith("data: ")  # the teacher is next
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read()
         out = running.stdout.read()
