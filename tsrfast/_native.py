@@ -37,7 +37,7 @@ if "TSRFAST_ISA" in os.environ:
     set_isa(os.environ["TSRFAST_ISA"])
 
 
-def call(name: str, like: torch.Tensor, *args: int | float) -> None:
+def call(name: str, like: torch.Tensor, *args: int | float | list[int]) -> None:
     """Run kernel `name` where `like` lives; tensors in `args` are given as `data_ptr()`.
 
     Raises:

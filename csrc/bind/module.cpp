@@ -14,6 +14,7 @@ PYBIND11_MODULE(TSR_MODULE, m) {
   m.def("set_isa", &tsr::set_isa);
   auto cpu = m.def_submodule("cpu");
   auto cuda = m.def_submodule("cuda");  // empty without CUDA
+  bind_chain(cpu, cuda);
   bind_channel_correlation(cpu, cuda);
   bind_pgd_step(cpu, cuda);
   bind_philox_uniform(cpu, cuda);

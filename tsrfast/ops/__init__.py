@@ -1,12 +1,18 @@
 """The native operators: check, allocate, call. Each is `tsrfast.reference`'s function of the same name, faster."""
 
+from tsrfast.ops.chain import ChainPGD, chain_forward, chain_gradient, chain_pack, chain_pgd
 from tsrfast.ops.channel_correlation import CorrelationState, channel_correlation, merge
 from tsrfast.ops.pgd_step import pgd_step, pgd_step_
 from tsrfast.ops.philox_uniform import philox_uniform
 from tsrfast.ops.relu_gate import gated_relu, relu_gate, relu_gate_backward
 
 __all__ = [
+    "ChainPGD",
     "CorrelationState",
+    "chain_forward",
+    "chain_gradient",
+    "chain_pack",
+    "chain_pgd",
     "channel_correlation",
     "gated_relu",
     "merge",

@@ -1,0 +1,382 @@
+"""Compiled ReLU networks: forward, gradients and whole attacks on a plan and its packed parameters.
+
+A plan is an int64 tensor ``[records, columns]`` (`FIELDS`, by the struct of csrc/core/chain.h; formulas there): each record maps
+activations [C, H, W] to [C', H', W'] and may end in a ReLU. `tsrfast.compile` makes plans from modules. The engine computes in
+float32 on the CPU; 3x3 convolutions go through Winograd's F(4x4, 3x3) where the plan says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsrfast import _native
+from tsrfast.errors import EnvironmentFault, InputError, unknown
+from tsrfast.ops._register import per_image, register
+from tsrfast.ops.pgd_step import NORMS
+
+FIELDS = (
+    "kind", "channels", "height", "width", "out_channels", "out_height", "out_width", "kernel_h", "kernel_w",
+    "stride_h", "stride_w", "pad_h", "pad_w", "activation", "weight", "bias", "slope", "winograd", "count_pad",
+)  # fmt: skip
+KINDS = {"conv": 0, "linear": 1, "affine": 2, "avg_pool": 3, "max_pool": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
+LOSSES = (
+    "cross_entropy", "margin", "oracle_l2", "oracle_cross_entropy", "oracle_margin", "oracle_kl", "oracle_max_difference",
+)  # fmt: skip
+
+Network = tuple[Tensor, Tensor]
+"""(plan, packed)"""
+
+
+class ChainPGD(NamedTuple):
+    """What `chain_pgd` returns."""
+
+    x: Tensor
+    loss: Tensor
+    adversarial: Tensor
+    bad: Tensor
+    queries: Tensor
+    iterates: Tensor | None
+
+
+def _shape(plan: Tensor, record: int) -> tuple[int, ...]:
+    """Of an image's results of `record`; of the input for -1. Features of a linear record have one dimension."""
+    row = dict(zip(FIELDS, plan[max(record, 0)].tolist(), strict=True))
+    side = "" if record < 0 else "out_"
+    c, h, w = row[f"{side}channels"], row[f"{side}height"], row[f"{side}width"]
+    return (c,) if row["kind"] == KINDS["linear"] else (c, h, w)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _check_cpu(op: str, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not t.is_cpu or _native.emulator is not None:
+            where = "the emulator" if t.is_cpu else f"device {t.device}"
+            raise EnvironmentFault(f"tsrfast.{op}: {name} must be on the CPU (chains have no kernel for {where} yet)")
+        if not t.is_contiguous():
+            raise InputError(f"tsrfast.{op}: {name} must be contiguous, got strides {t.stride()}")
+
+
+def _check_plan(op: str, name: str, plan: Tensor) -> None:
+    if plan.dtype != torch.int64 or plan.ndim != 2 or plan.shape[1] != len(FIELDS) or not len(plan):
+        raise InputError(
+            f"tsrfast.{op}: {name} must be int64 [records, {len(FIELDS)}], got {plan.dtype} of shape {tuple(plan.shape)}"
+        )
+
+
+def _check_float(op: str, name: str, t: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    if t.dtype != torch.float32:
+        raise InputError(f"tsrfast.{op}: {name} must be float32, got {t.dtype}")
+    if shape is not None and tuple(t.shape) != shape:
+        raise InputError(f"tsrfast.{op}: {name} must have shape {shape}, got {tuple(t.shape)}")
+
+
+def _check_images(op: str, name: str, x: Tensor, plan: Tensor) -> None:
+    shape = _shape(plan, -1)
+    _check_float(op, name, x)
+    if tuple(x.shape[1:]) != shape:
+        sizes = ", ".join(map(str, shape))
+        raise InputError(f"tsrfast.{op}: {name} must have shape [N, {sizes}], got {list(x.shape)}")
+
+
+def _net(op: str, name: str, plan: Tensor, packed: Tensor) -> tuple[int, int, int, int]:
+    _check_plan(op, name, plan)
+    _check_float(op, "packed", packed, (packed.numel(),))
+    return plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel()
+
+
+def _workspace(plan: Tensor, teacher: Tensor | None = None) -> Tensor:
+    """Memory for each thread; its size does not depend on the number of images."""
+    other = (_address(teacher), 0 if teacher is None else len(teacher))
+    each = _native._C.cpu.chain_workspace(plan.data_ptr(), len(plan), *other)
+    return torch.empty(each * torch.get_num_threads(), dtype=torch.uint8)
+
+
+def _pack(plan: Tensor, weights: Tensor) -> Tensor:
+    op = "chain_pack"
+    _check_cpu(op, plan=plan, weights=weights)
+    _check_plan(op, "plan", plan)
+    _check_float(op, "weights", weights, (weights.numel(),))
+    try:
+        size = _native._C.cpu.chain_packed_size(plan.data_ptr(), len(plan), weights.numel())
+    except ValueError as e:
+        raise InputError(f"tsrfast.{op}: {e}") from None
+    packed = weights.new_empty(size)
+    _native.call(op, weights, plan.data_ptr(), len(plan), weights.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def _forward(x: Tensor, plan: Tensor, packed: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    op = "chain_forward"
+    _check_cpu(op, x=x, plan=plan, packed=packed)
+    net = _net(op, "plan", plan, packed)
+    _check_images(op, "x", x, plan)
+    for layer in layers:
+        if not 0 <= layer < len(plan):
+            raise InputError(f"tsrfast.{op}: layers must be in 0..{len(plan) - 1}, got {layer}")
+    out = [x.new_empty((len(x), *_shape(plan, layer))) for layer in layers]
+    if len(x):
+        workspace = _workspace(plan)
+        _native.call(
+            op, x, *net, x.data_ptr(), list(layers), [t.data_ptr() for t in out], len(x), workspace.data_ptr()
+        )  # fmt: skip
+    return out
+
+
+def _gradient(x: Tensor, plan: Tensor, packed: Tensor, cotangent: Tensor, layer: int) -> Tensor:
+    op = "chain_gradient"
+    _check_cpu(op, x=x, plan=plan, packed=packed, cotangent=cotangent)
+    net = _net(op, "plan", plan, packed)
+    _check_images(op, "x", x, plan)
+    if not -1 <= layer < len(plan):
+        raise InputError(f"tsrfast.{op}: layer must be in -1..{len(plan) - 1}, got {layer}")
+    rows = cotangent.shape[1] if cotangent.ndim == 3 else 1
+    classes = math.prod(_shape(plan, len(plan) - 1))
+    _check_float(op, "cotangent", cotangent, (len(x), rows, classes))
+    out = x.new_empty((len(x), rows, *_shape(plan, layer)))
+    if out.numel():
+        workspace = _workspace(plan)
+        addresses = (x.data_ptr(), cotangent.data_ptr(), out.data_ptr(), len(x), rows, layer, workspace.data_ptr())
+        _native.call(op, x, *net, *addresses)
+    return out
+
+
+def _pgd(
+    x0: Tensor,
+    start: Tensor,
+    plan: Tensor,
+    packed: Tensor,
+    teacher_plan: Tensor | None,
+    teacher_packed: Tensor | None,
+    labels: Tensor | None,
+    loss: int,
+    norm: int,
+    step: Tensor | None,
+    eps: Tensor | None,
+    step_value: float,
+    eps_value: float,
+    lo: float,
+    hi: float,
+    sparsity: float,
+    steps: int,
+    targeted: bool,
+    keep_best: bool,
+    early_stop: bool,
+    judge: bool,
+    keep_iterates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op, n = "chain_pgd", len(x0)
+    _check_cpu(op, x0=x0, start=start, student=plan, packed=packed, teacher=teacher_plan, labels=labels)
+    net = _net(op, "student", plan, packed)
+    _check_images(op, "x0", x0, plan)
+    _check_float(op, "start", start, tuple(x0.shape))
+    classes = math.prod(_shape(plan, len(plan) - 1))
+    other = (0, 0, 0, 0)
+    if teacher_plan is not None and teacher_packed is not None:
+        other = _net(op, "teacher", teacher_plan, teacher_packed)
+        shapes = [(math.prod(_shape(p, -1)), math.prod(_shape(p, len(p) - 1))) for p in (plan, teacher_plan)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"tsrfast.{op}: teacher must have the student's inputs and classes {shapes[0]}, got {shapes[1]}"
+            )
+    elif LOSSES[loss].startswith("oracle"):
+        raise InputError(f"tsrfast.{op}: teacher must be given for loss {LOSSES[loss]!r}, got None")
+    if labels is None and not LOSSES[loss].startswith("oracle"):
+        raise InputError(f"tsrfast.{op}: labels must be given for loss {LOSSES[loss]!r}, got None")
+    if labels is not None:
+        if labels.dtype != torch.int64 or labels.shape != x0.shape[:1]:
+            raise InputError(f"tsrfast.{op}: labels must be int64 [{n}], got {labels.dtype} of shape {tuple(labels.shape)}")
+        if n and not bool(((labels >= 0) & (labels < classes)).all()):
+            bad_label = labels[(labels < 0) | (labels >= classes)][0].item()
+            raise InputError(f"tsrfast.{op}: labels must be in 0..{classes - 1}, got {bad_label}")
+    x = torch.empty_like(x0)
+    value, adversarial = x0.new_empty(n), torch.empty(n, dtype=torch.bool)
+    bad, queries = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
+    iterates = x0.new_empty((steps + 1, *x0.shape) if keep_iterates else 0)
+    if x0.numel():
+        workspace = _workspace(plan, teacher_plan)
+        _native.call(
+            op, x0, *net, *other,
+            *map(_address, (x0, start, x, labels, value, adversarial, bad, queries)), iterates.data_ptr() if keep_iterates else 0,
+            _address(step), _address(eps), step_value, eps_value, lo, hi, sparsity, n, steps, norm, loss,
+            targeted, keep_best, early_stop, judge, workspace.data_ptr(),
+        )  # fmt: skip
+    return x, value, adversarial, bad, queries, iterates
+
+
+def _untraceable(*_: object) -> Tensor:
+    raise EnvironmentFault("tsrfast: chain_pack, chain_forward and chain_gradient cannot be traced: their shapes are data of the plan")
+
+
+def _fake_pgd(x0: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, steps, keep_iterates = len(x0), args[15], args[20]
+    counts = x0.new_empty(n, dtype=torch.int64)
+    flags = x0.new_empty(n, dtype=torch.bool)
+    iterates = x0.new_empty((steps + 1, *x0.shape) if keep_iterates else 0)
+    return torch.empty_like(x0), x0.new_empty(n), flags, counts, torch.empty_like(counts), iterates
+
+
+_op_pack = register("chain_pack(Tensor plan, Tensor weights) -> Tensor", _pack, _untraceable)
+_op_forward = register("chain_forward(Tensor x, Tensor plan, Tensor packed, int[] layers) -> Tensor[]", _forward, _untraceable)
+_op_gradient = register(
+    "chain_gradient(Tensor x, Tensor plan, Tensor packed, Tensor cotangent, int layer) -> Tensor", _gradient, _untraceable
+)
+_op_pgd = register(
+    "chain_pgd(Tensor x0, Tensor start, Tensor plan, Tensor packed, Tensor? teacher_plan, Tensor? teacher_packed, "
+    "Tensor? labels, int loss, int norm, Tensor? step, Tensor? eps, float step_value, float eps_value, float lo, float hi, "
+    "float sparsity, int steps, bool targeted, bool keep_best, bool early_stop, bool judge, bool keep_iterates) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pgd,
+    _fake_pgd,
+)
+
+
+def chain_pack(plan: Tensor, weights: Tensor) -> Tensor:
+    """Parameters in the order in which the engine reads them, for both directions; Winograd's kernels transformed.
+
+    Args:
+        plan: int64 ``[records, columns]``.
+        weights: float32 ``[P]``, the parameters that the plan's offsets name: conv [O, C, kh, kw], linear [O, in], bias [O], affine
+            scale [C] and shift [C], slope [1].
+
+    Returns:
+        float32 ``[Q]``, valid for the CPU engine at every instruction set.
+
+    Raises:
+        InputError: wrong dtype or shape, records that do not follow on each other, offsets outside of `weights`.
+
+    Kernels: ``csrc/cpu/chain``. No gradient.
+    """
+    packed: Tensor = _op_pack(plan, weights)
+    return packed
+
+
+def chain_forward(x: Tensor, plan: Tensor, packed: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Results of the records `layers`, after their activations.
+
+    Args:
+        x: float32 ``[N, C, H, W]`` (``[N, D]`` where the first record is linear), contiguous, on the CPU.
+        plan, packed: the network (`chain_pack`).
+        layers: numbers of records; the logits are those of the last, ``len(plan) - 1``.
+
+    Returns:
+        A float32 tensor for each: ``[N, C', H', W']``, or ``[N, O]`` of a linear record. An image's values depend neither on its
+        batch nor on the number of threads, bit by bit. A NaN or infinity inside a network may spread to its neighbours within a
+        Winograd tile of 4x4 pixels.
+
+    Raises:
+        InputError: wrong dtype, shape or strides. EnvironmentFault: not on the CPU.
+
+    Same as `tsrfast.reference.chain_forward` on the unpacked weights. Kernels: ``csrc/cpu/chain``. No gradient.
+    """
+    out: list[Tensor] = _op_forward(x, plan, packed, list(layers))
+    return out
+
+
+def chain_gradient(x: Tensor, plan: Tensor, packed: Tensor, cotangent: Tensor, layer: int = -1) -> Tensor:
+    """Vectors at the logits carried back: ``J^T v`` of the logits' Jacobian at x, many v for one forward pass.
+
+    Args:
+        x, plan, packed: as in `chain_forward`.
+        cotangent: float32 ``[N, R, classes]``, contiguous.
+        layer: with respect to the results of that record; -1 for x itself. With the identity as `cotangent` the rows are V_l of
+            the recursive gradient rule (Tian 2019, Lemma 1), at every position.
+
+    Returns:
+        float32 ``[N, R, ...]``, the rest as the results of `layer` or as x. Gradients of max pools go to the first largest.
+
+    Raises:
+        InputError: wrong dtype, shape or strides. EnvironmentFault: not on the CPU.
+
+    Same as `tsrfast.reference.chain_gradient` on the unpacked weights. Kernels: ``csrc/cpu/chain``.
+    """
+    out: Tensor = _op_gradient(x, plan, packed, cotangent, layer)
+    return out
+
+
+def chain_pgd(
+    x0: Tensor,
+    start: Tensor,
+    student: Network,
+    teacher: Network | None = None,
+    labels: Tensor | None = None,
+    *,
+    loss: str,
+    norm: str = "linf",
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    sparsity: float = 0.01,
+    targeted: bool = False,
+    keep: str = "last",
+    early_stop: bool = False,
+    judge: bool = True,
+    iterates: bool = False,
+) -> ChainPGD:
+    """Multi-step PGD (Madry et al. 2018; paper, section 5.1 and eq. 3) in one native call.
+
+    At each of `steps` steps the loss is differentiated at the iterate and `pgd_step` is taken, image by image.
+
+    Args:
+        x0: clean images, float32 ``[N, ...]`` contiguous, in [lo, hi].
+        start: where to begin, likewise.
+        student: (plan, packed) of the attacked network.
+        teacher: the oracle's, for the oracle losses; None otherwise.
+        labels: int64 ``[N]``, for ``cross_entropy`` and ``margin``.
+        loss: one of `LOSSES` (formulas: csrc/core/chain_loss.h).
+        norm, eps, step_size, lo, hi, targeted, sparsity: as in `pgd_step`, pixel units.
+        steps: >= 0.
+        keep: ``last`` iterate or the ``best``: adversarial before not, then the better loss.
+        early_stop: an image is done at its first adversarial iterate, which is then its result.
+        judge: look at the last iterate too (always so with `early_stop` or ``best``).
+        iterates: return every iterate as well (memory for ``steps + 1`` batches).
+
+    Returns:
+        x: images like x0. loss: ``[N]`` there, NaN where nobody looked. adversarial: bool ``[N]``: the student's answer is not the
+        label (oracle losses: the teacher's at x'), or is the target. bad: int64 ``[N]`` gradient entries without a direction.
+        queries: int64 ``[N]`` forward passes. iterates: ``[steps + 1, N, ...]`` before each step and at the end, or None; of an image
+        that stopped early its last. Bitwise the same in any batch and with any number of threads.
+
+    Raises:
+        InputError: wrong dtype, shape, strides or value, labels that are no classes, a missing teacher. EnvironmentFault: not on the
+            CPU.
+
+    Same as `tsrfast.reference.chain_pgd` on the unpacked weights. Kernels: ``csrc/cpu/chain``. No gradient.
+    """
+    if loss not in LOSSES:
+        raise unknown("loss", loss, LOSSES)
+    if norm not in NORMS:
+        raise unknown("norm", norm, NORMS)
+    if keep not in ("last", "best"):
+        raise unknown("keep", keep, ("last", "best"))
+    if not isinstance(steps, int) or steps < 0:
+        raise InputError(f"tsrfast.chain_pgd: steps must be an integer >= 0, got {steps!r}")
+    if not lo <= hi:
+        raise InputError(f"tsrfast.chain_pgd: lo must be <= hi, got lo={lo}, hi={hi}")
+    if not 0 < sparsity <= 1:
+        raise InputError(f"tsrfast.chain_pgd: sparsity must be in (0, 1], got {sparsity}")
+    values: list[float] = []
+    each: list[Tensor | None] = []
+    for name, given in (("step_size", step_size), ("eps", eps)):
+        value, one = per_image("chain_pgd", name, given, x0)
+        if not (value >= 0 if one is None else bool((one >= 0).all())):
+            raise InputError(f"tsrfast.chain_pgd: {name} must be >= 0, got {value if one is None else one.min().item():g}")
+        values.append(value)
+        each.append(one)
+    out = _op_pgd(
+        x0, start, *student, *(teacher or (None, None)), labels, LOSSES.index(loss), NORMS[norm], *each, *values, lo, hi, sparsity,
+        steps, targeted, keep == "best", early_stop, judge, iterates,
+    )  # fmt: skip
+    return ChainPGD(*out[:5], out[5] if iterates else None)
