@@ -1,24 +1,33 @@
 """Fast adversarial attacks and specialization analysis for networks in the teacher-student setting.
 
-Sub-packages: `attacks`, `specialization`, `ops` (the native kernels), `reference` (the same in plain PyTorch), `nets`, `data`,
-`training`, `suite`. They are imported on first use: ``import tsrfast`` pulls in torch and numpy only.
+`compile` turns a small ReLU network into a `Chain` that native code runs; `UnsupportedModel` says why it could not.
+
+Sub-packages: `attacks`, `chain`, `specialization`, `ops` (the native kernels), `reference` (the same in plain PyTorch), `nets`,
+`data`, `training`, `suite`. All of it is imported on first use: ``import tsrfast`` pulls in torch and numpy only.
 """
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import version
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np  # noqa: F401  (torch's interchange with NumPy needs it loaded; see the design's import rule)
 import torch  # noqa: F401  (before tsrfast._C, always: then OpenMP is torch's own libgomp)
 
+if TYPE_CHECKING:
+    from tsrfast.chain import Chain, compile
+    from tsrfast.errors import UnsupportedModel
+
 __version__ = version("tsrfast")
-_SUBPACKAGES = ("attacks", "data", "errors", "nets", "ops", "reference", "specialization", "suite", "training")
-__all__ = ["__version__", *_SUBPACKAGES]
+_SUBPACKAGES = ("attacks", "chain", "data", "errors", "nets", "ops", "reference", "specialization", "suite", "training")
+_NAMES = {"Chain": "chain", "UnsupportedModel": "errors", "compile": "chain"}
+__all__ = ["Chain", "UnsupportedModel", "__version__", "compile", *_SUBPACKAGES]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"tsrfast.{_NAMES[name]}"), name)
     if name in _SUBPACKAGES:
         return importlib.import_module(f"tsrfast.{name}")
     raise AttributeError(f"module 'tsrfast' has no attribute {name!r}")

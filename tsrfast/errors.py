@@ -14,6 +14,10 @@ class InputError(ValueError):
     """An argument, option or file has a value that cannot be used; the message names it and what is allowed."""
 
 
+class UnsupportedModel(InputError):
+    """A network that cannot be compiled to a chain; the message names the module and why. Attacks run it through PyTorch instead."""
+
+
 class EnvironmentFault(RuntimeError):
     """The machine lacks what the call needs: a CUDA device, disk space, permission, a compiled backend."""
 

@@ -33,8 +33,9 @@ inline int64_t images_each(int64_t n, int threads) {
 
 int64_t workspace(const ChainPlan& student, const ChainPlan& teacher) {
   Carve c{nullptr};
-  Net<4>({student, nullptr}, c);
-  if (teacher.records) Net<4>({teacher, nullptr}, c);
+  const Room room(student, teacher, c);
+  Net<4>({student, nullptr}, room, c);
+  Net<4>({teacher, nullptr}, room, c);
   for (int piece = 0; piece < 4; ++piece) c.take<float>(student.inputs() * kMostLanes);  // see Attack
   for (int piece = 0; piece < 5; ++piece) c.take<float>(student.classes() * kMostLanes);
   return c.used;
@@ -60,7 +61,8 @@ void forward(const ChainForward& a, int threads) {
   each_group(a.n, threads, a.workspace, workspace(plan, {}),
              [&](auto width, int64_t first, int64_t count, Carve memory) {
                constexpr int L = decltype(width)::lanes;
-               Net<L> net(a.net, memory);
+               const Room room(plan, {}, memory);
+    Net<L> net(a.net, room, memory);
                Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs * L));
                const float* image[L];
                for (int64_t l = 0; l < count; ++l) image[l] = a.x + (first + l) * inputs;
@@ -84,7 +86,8 @@ void gradient(const ChainGradient& a, int threads) {
   each_group(a.n, threads, a.workspace, workspace(plan, {}),
              [&](auto width, int64_t first, int64_t count, Carve memory) {
                constexpr int L = decltype(width)::lanes;
-               Net<L> net(a.net, memory);
+               const Room room(plan, {}, memory);
+    Net<L> net(a.net, room, memory);
                Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs * L));
                Vec<L>* const cotangent = reinterpret_cast<Vec<L>*>(memory.take<float>(classes * L));
                const float* from[L];
@@ -140,7 +143,8 @@ class Attack {
     if (!active_) return;
     Carve memory = memory_;
     const bool pair = needs_teacher(a_.criterion), both = moves_teacher(a_.criterion);
-    Net<L> student(a_.student, memory);
+    const Room room(a_.student.plan, a_.teacher.plan, memory);
+    Net<L> student(a_.student, room, memory);
     Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs_ * L));
     Vec<L>* const back = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs_ * L));
     Vec<L>* const lanes = reinterpret_cast<Vec<L>*>(memory.take<float>(classes_ * L));
@@ -160,7 +164,7 @@ class Attack {
     };
     look(student, logits_[0]);
     if (pair) {
-      Net<L> teacher(a_.teacher, memory);
+      Net<L> teacher(a_.teacher, room, memory);
       look(teacher, logits_[1]);
       judge();
       if (both && walking()) {

@@ -26,32 +26,41 @@ inline int64_t scratch_of(const ChainRecord& r) {
   return most(direct_scratch(r.c, r.kh * r.kw), direct_scratch(r.oc, taps_back));
 }
 
-inline int64_t widest(const ChainPlan& plan) {
-  int64_t units = plan.inputs();
-  for (int64_t i = 0; i < plan.records; ++i) units = most(units, plan.record[i].outputs());
-  return units;
-}
+// What the networks of an attack share, since one works after the other: two maps of activations, from one to the other
+// and back, and scratch. All sizes are those of the widest vectors, so that a thread may go on with narrower ones when it
+// has fewer images left.
+struct Room {
+  float *map[2], *scratch;
+  Room(const ChainPlan& one, const ChainPlan& other, Carve& memory) {
+    int64_t units = one.inputs(), vectors = 0;
+    const auto fit = [&](const ChainPlan& plan) {
+      for (int64_t i = 0; i < plan.records; ++i) {
+        units = most(units, plan.record[i].outputs());
+        vectors = most(vectors, scratch_of(plan.record[i]));
+      }
+    };
+    fit(one);
+    fit(other);
+    for (float*& m : map) m = memory.take<float>(units * kMostLanes);
+    scratch = memory.take<float>(vectors * kMostLanes);
+  }
+};
 
-// Sizes are those of the widest vectors, so that a thread may go on with narrower ones when it has fewer images left.
 template <int L>
 class Net {
  public:
-  Net(const ChainNet& net, Carve& memory) : plan_(net.plan), packed_(net.packed) {
-    int64_t gates = 0, choices = 0, scratch = 0;
+  Net(const ChainNet& net, const Room& room, Carve& memory) : plan_(net.plan), packed_(net.packed) {
+    int64_t gates = 0, choices = 0;
     for (int64_t i = 0; i < plan_.records; ++i) {
       const ChainRecord& r = plan_.record[i];
       if (r.activation != ChainActivation::none) gates += r.outputs();
       if (r.kind == ChainKind::max_pool) choices += r.outputs();
-      scratch = most(scratch, scratch_of(r));
     }
-    const int64_t units = widest(plan_) * kMostLanes;
-    for (auto& map : map_) map = reinterpret_cast<Vec<L>*>(memory.take<float>(units));
-    scratch_ = reinterpret_cast<Vec<L>*>(memory.take<float>(scratch * kMostLanes));
+    for (int k = 0; k < 2; ++k) map_[k] = reinterpret_cast<Vec<L>*>(room.map[k]);
+    scratch_ = reinterpret_cast<Vec<L>*>(room.scratch);
     gates_ = memory.take<Gate>(gates);
     choices_ = reinterpret_cast<Choice*>(memory.take<int32_t>(choices * kMostLanes));
   }
-
-  const ChainPlan& plan() const { return plan_; }
 
   // Activations of the last record. `see(i, a)` is shown the results of every record i.
   template <class See>

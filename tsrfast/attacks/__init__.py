@@ -1,4 +1,5 @@
-"""Adversarial attacks on any `torch.nn.Module`: one loop (`loop.py`), and a choice of threat, loss and start for each attack."""
+"""Adversarial attacks on any `torch.nn.Module`: a choice of threat, loss and start for each attack, and one loop (`loop.py`) that runs
+either in PyTorch (`eager.py`) or in native code on compiled networks (`native.py`)."""
 
 from tsrfast.attacks.attack import Attack, AttackResult
 from tsrfast.attacks.fgsm import FGSM
@@ -11,7 +12,9 @@ from tsrfast.attacks.losses import (
     OracleKL,
     OracleL2,
     OracleMargin,
+    OracleMaxDifference,
 )
+from tsrfast.attacks.native import Route
 from tsrfast.attacks.pgd import PGD
 from tsrfast.attacks.threat import Threat
 
@@ -27,6 +30,8 @@ __all__ = [
     "OracleKL",
     "OracleL2",
     "OracleMargin",
+    "OracleMaxDifference",
+    "Route",
     "StepState",
     "Threat",
 ]

@@ -1,13 +1,17 @@
-"""What all attacks have in common: checking what they are given, running the loop, and what they return."""
+"""What all attacks have in common: checking what they are given, choosing a path, running the loop, and what they return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tsrfast.attacks.loop import Plan, run_loop, undisturbed
+from tsrfast.attacks import eager, native
+from tsrfast.attacks.loop import Attempt, Best, Recipe, evaluating, run_loop, undisturbed
+from tsrfast.attacks.native import Route
+from tsrfast.chain import Chain
 from tsrfast.errors import InputError
 
 
@@ -19,17 +23,17 @@ class AttackResult:
         x_adv: images as the input, inside ball and box (up to one rounding).
         success: bool ``[N]``, whether the loss's notion of adversarial (targeted: of the target) holds at `x_adv`.
         loss: ``[N]``, the loss there.
-        steps: gradient steps an image took, restarts included.
-        queries: forward passes an image took.
+        steps: gradient steps asked for, restarts included: the most that an image takes.
+        queries: int64 ``[N]``, forward passes each image took.
         bad_gradients: int64 ``[N]``, gradient entries without a direction (NaN) over all steps: not 0 means a broken model.
-        path: which code ran: ``eager`` (PyTorch forward and backward, fused step).
+        path: which code ran: ``chain`` or ``eager`` (see `Route`).
     """
 
     x_adv: Tensor
     success: Tensor
     loss: Tensor
     steps: int
-    queries: int
+    queries: Tensor
     bad_gradients: Tensor
     path: str
 
@@ -37,14 +41,15 @@ class AttackResult:
 class Attack:
     """An attack is a value: its fields say everything, calling it changes nothing but the tensor it returns."""
 
-    def _plan(self) -> Plan:
-        raise TypeError(f"{type(self).__name__} must define _plan()")
+    def _recipe(self) -> Recipe:
+        raise TypeError(f"{type(self).__name__} must define _recipe()")
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    def __call__(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Adversarial images for `x`.
 
         Args:
-            model: network from ``[N, C, H, W]`` to logits ``[N, classes]``; run in eval mode, left as it was.
+            model: network from ``[N, C, H, W]`` to logits ``[N, classes]``; run in eval mode, left as it was. Or what
+                `tsrfast.compile` made of one, used as it is.
             x: clean images in [0, 1] (or the attack's own box).
             y: int64 ``[N]`` labels (targeted: the targets); not needed by oracle losses.
             index: int64 ``[N]``, the images' numbers in their data set, default 0..N-1; random starts depend on them, so that an image
@@ -54,40 +59,65 @@ class Attack:
             A new tensor as `x`.
 
         Raises:
-            InputError: bad images, labels, shapes or devices.
+            InputError: bad images, labels, shapes or devices; the chain's path cannot be taken, but must be (see `plan`).
         """
         return self._run(model, x, y, index, judge=False).x_adv
 
-    def run(self, model: nn.Module, x: Tensor, y: Tensor | None = None, index: Tensor | None = None) -> AttackResult:
+    def run(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None = None, index: Tensor | None = None) -> AttackResult:
         """As calling the attack, and also says how it went (one more forward pass)."""
         return self._run(model, x, y, index, judge=True)
 
-    def _run(self, model: nn.Module, x: Tensor, y: Tensor | None, index: Tensor | None, judge: bool) -> AttackResult:
-        plan = self._plan()
-        plan.threat.check_images(x)
-        if plan.loss.needs_labels and y is None:
-            raise InputError(f"tsrfast.attacks: y is needed by loss {plan.loss.name!r}")
-        if plan.targeted and not plan.loss.needs_labels:
-            raise InputError(f"tsrfast.attacks: targeted needs a loss with labels, got {plan.loss.name!r}")
+    def plan(self, model: nn.Module | Chain, x: Tensor | None = None) -> Route:
+        """Which code a call would take, and why.
+
+        Native code (``chain``) runs float32 on the CPU, for tsrfast's own losses and for networks that `tsrfast.compile` can compile;
+        everything else runs in PyTorch (``eager``).
+
+        Args:
+            model: as for a call.
+            x: images of which only shape, dtype and device count; None: images that the network itself says it takes.
+
+        Raises:
+            InputError: the chain's path cannot be taken, but must be: ``engine="chain"``, or a network is a `Chain`. `x` is None, and
+                nothing says what images the network takes.
+        """
+        recipe = self._recipe()
+        with undisturbed(torch.device("cpu") if x is None else x.device):
+            return native.choose(recipe, model, x)[0]
+
+    def _run(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None, index: Tensor | None, judge: bool) -> AttackResult:
+        recipe = self._recipe()
+        recipe.threat.check_images(x)
+        if recipe.loss.needs_labels and y is None:
+            raise InputError(f"tsrfast.attacks: y is needed by loss {recipe.loss.name!r}")
+        if recipe.targeted and not recipe.loss.needs_labels:
+            raise InputError(f"tsrfast.attacks: targeted needs a loss with labels, got {recipe.loss.name!r}")
         y = _check_integers("y", y, x)
         index = _check_integers("index", index, x)
-        with undisturbed(model, *plan.loss.models(), device=x.device):
-            # A copy: dense, outside any graph, and free of inference mode.
+        if isinstance(recipe.step_size, Tensor) and recipe.step_size.ndim and recipe.step_size.shape != x.shape[:1]:
+            raise InputError(
+                f"tsrfast.attacks: step_size must be a number or of shape ({len(x)},), got {tuple(recipe.step_size.shape)}"
+            )
+        with undisturbed(x.device):
+            # Copies: dense, outside any graph, and free of inference mode.
             x0 = x.detach().clone(memory_format=torch.preserve_format)
             if not torch.ops.aten.is_non_overlapping_and_dense(x0) or (len(x0) > 1 and x0.stride(0) != x0[0].numel()):
                 x0 = x0.contiguous()
-            if index is None:
-                index = torch.arange(len(x0), device=x0.device)
+            y = None if y is None else y.clone()
+            index = torch.arange(len(x0), device=x0.device) if index is None else index.contiguous()
+            route, chains = native.choose(recipe, model, x0)
             if not x0.numel():
-                return AttackResult(x0, _no(x0), x0.new_zeros(len(x0)), 0, 0, _no(x0).long(), "eager")
-            best, bad, queries = run_loop(model, plan, x0, y, index.contiguous(), judge)
+                none = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+                got = Attempt(Best.unjudged(x0), none, none.clone())
+            elif chains is None:
+                with evaluating(*(m for m in (model, *recipe.loss.models()) if isinstance(m, nn.Module))):
+                    got = run_loop(partial(eager.attempt, model, recipe), recipe, x0, y, index, judge)
+            else:
+                got = run_loop(partial(native.attempt, chains, recipe), recipe, x0, y, index, judge)
+        best = got.best
         return AttackResult(
-            best.x.detach(), best.adversarial, best.loss.detach(), plan.steps * plan.restarts, queries, bad, "eager"
+            best.x, best.adversarial, best.loss, recipe.steps * recipe.restarts, got.queries, got.bad, route.path
         )
-
-
-def _no(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
 
 def _check_integers(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tsrfast.attacks.attack import Attack
-from tsrfast.attacks.loop import Plan
+from tsrfast.attacks.loop import Recipe
 from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.pgd import PGD
 
@@ -17,7 +17,7 @@ class FGSM(Attack):
     """One gradient step. ``step_size=None`` takes the whole radius.
 
     Args:
-        norm, eps, loss, targeted, lo, hi: as in `PGD`.
+        norm, eps, loss, targeted, lo, hi, engine: as in `PGD`.
         step_size: a shorter step than eps (the paper's FGSM row may be one step of 0.01), in pixel units.
 
     Raises:
@@ -31,13 +31,14 @@ class FGSM(Attack):
     targeted: bool = False
     lo: float = 0.0
     hi: float = 1.0
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
-        self._plan()
+        self._recipe()
 
-    def _plan(self) -> Plan:
+    def _recipe(self) -> Recipe:
         step_size = self.eps if self.step_size is None else self.step_size
         return PGD(
             norm=self.norm, eps=self.eps, step_size=step_size, steps=1, loss=self.loss, random_start=False,
-            targeted=self.targeted, lo=self.lo, hi=self.hi,
-        )._plan()  # fmt: skip
+            targeted=self.targeted, lo=self.lo, hi=self.hi, engine=self.engine,
+        )._recipe()  # fmt: skip

@@ -1,7 +1,8 @@
-"""The one loop that serves every iterative attack."""
+"""What every path shares: the resolved attack, the images still under attack, the best candidates, and the loop over restarts."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tsrfast.attacks.losses import Loss, wrong
+from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.starts import random_start
 from tsrfast.attacks.threat import Threat
 from tsrfast.errors import InputError
-from tsrfast.ops import pgd_step_
-from tsrfast.ops._register import same_layout
 
 
 @dataclass(frozen=True, eq=False)
 class StepState:
-    """What a callback sees at each step: the iterate *before* the step and what was computed there. Not to be written to."""
+    """What a callback sees at each step: the iterate *before* the step and what was computed there. Not to be written to.
+
+    `rows` are the positions in the batch of the images that take the step: all of them, except where `early_stop` ended some.
+    """
 
     restart: int
     step: int
@@ -28,10 +30,11 @@ class StepState:
     loss: Tensor
     adversarial: Tensor
     gradient: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Recipe:
     """A resolved attack: everything the loop needs beside the model and the images."""
 
     threat: Threat
@@ -42,8 +45,43 @@ class Plan:
     random_start: bool
     targeted: bool
     keep: str
+    early_stop: bool
     seed: int
     on_step: Callable[[StepState], None] | None
+    engine: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images under attack and what belongs to each of them."""
+
+    rows: Tensor  # int64 [n], their positions in the batch that the user gave
+    x0: Tensor
+    y: Tensor | None
+    index: Tensor
+    threat: Threat
+    step_size: float | Tensor
+
+    def only(self, rows: Tensor) -> Batch:
+        """The images at these positions, int64."""
+        return Batch(
+            self.rows[rows],
+            select(self.x0, rows),
+            None if self.y is None else self.y[rows],
+            self.index[rows],
+            dataclasses.replace(self.threat, eps=_of_image(self.threat.eps, rows)),
+            _of_image(self.step_size, rows),
+        )
+
+
+def select(x: Tensor, rows: Tensor) -> Tensor:
+    """Images at these positions, in x's memory format."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x[rows].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _of_image(value: float | Tensor, rows: Tensor) -> float | Tensor:
+    return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 
 @dataclass(eq=False)
@@ -54,127 +92,105 @@ class Best:
     loss: Tensor
     adversarial: Tensor
 
-    def offer(self, x: Tensor, loss: Tensor, adversarial: Tensor, targeted: bool) -> None:
-        score = (-loss if targeted else loss).nan_to_num(nan=-torch.inf)
-        held = (-self.loss if targeted else self.loss).nan_to_num(nan=-torch.inf)
-        better = (adversarial & ~self.adversarial) | ((adversarial == self.adversarial) & (score > held))
-        self.x = torch.where(better.reshape(-1, *[1] * (x.ndim - 1)), x, self.x)
-        self.loss = torch.where(better, loss, self.loss)
-        self.adversarial = torch.where(better, adversarial, self.adversarial)
+    @classmethod
+    def unjudged(cls, x: Tensor) -> Best:
+        """Images of which nothing is known: loss NaN, not adversarial."""
+        loss = torch.full((len(x),), torch.nan, dtype=x.dtype, device=x.device)
+        return cls(x, loss, torch.zeros(len(x), dtype=torch.bool, device=x.device))
+
+    def offer(self, other: Best, targeted: bool, rows: Tensor | None = None) -> None:
+        """Take the candidates that are better; `rows` says which images they belong to (None: all)."""
+        loss, adversarial = (self.loss, self.adversarial) if rows is None else (self.loss[rows], self.adversarial[rows])
+        score = (-other.loss if targeted else other.loss).nan_to_num(nan=-torch.inf)
+        held = (-loss if targeted else loss).nan_to_num(nan=-torch.inf)
+        self.take((other.adversarial & ~adversarial) | ((other.adversarial == adversarial) & (score > held)), other, rows)
+
+    def take(self, chosen: Tensor, other: Best, rows: Tensor | None = None) -> None:
+        """Take the `chosen` (bool ``[n]``) candidates, whatever is held; `rows` as in `offer`."""
+        if rows is None:  # selects instead of indexing: no wait for a GPU
+            self.x = torch.where(chosen.reshape(-1, *[1] * (self.x.ndim - 1)), other.x, self.x)
+            self.loss = torch.where(chosen, other.loss, self.loss)
+            self.adversarial = torch.where(chosen, other.adversarial, self.adversarial)
+        else:
+            to = rows[chosen]
+            self.x[to], self.loss[to], self.adversarial[to] = other.x[chosen], other.loss[chosen], other.adversarial[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """What one start led to: the chosen images, int64 ``[n]`` NaN gradient entries, int64 ``[n]`` forward passes."""
+
+    best: Best
+    bad: Tensor
+    queries: Tensor
+
+
+# An attempt on a batch from its starts: (batch, start, judge, number of the restart); `judge`: loss and success are wanted.
+Engine = Callable[[Batch, Tensor, bool, int], Attempt]
 
 
 @contextmanager
-def undisturbed(*models: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run models in eval mode with gradients on, and leave modes (of every submodule) and random states as they were."""
-    modules = {m: m.training for model in models for m in model.modules()}
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Gradients on, whatever is outside; afterwards the random states are what they were (a network may draw numbers)."""
     random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        for m in modules:
-            m.training = False
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], device)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule has the mode it had."""
+    modules = {m: m.training for model in models for m in model.modules()}
+    try:
+        for m in modules:
+            m.training = False
+        yield
+    finally:
         for m, training in modules.items():
             m.training = training
 
 
-def check_logits(logits: Tensor, n: int, y: Tensor | None) -> None:
-    """The model gave ``[N, classes]``, and labels are among them."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
-        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"tsrfast.attacks: model must return logits [{n}, classes], got {what}")
-    if y is not None and n and not bool(((y >= 0) & (y < logits.shape[1])).all()):
-        bad = y[(y < 0) | (y >= logits.shape[1])][0].item()
-        raise InputError(f"tsrfast.attacks: y must be in 0..{logits.shape[1] - 1}, the model's classes, got {bad}")
+def check_labels(y: Tensor | None, classes: int) -> None:
+    """Labels are among the model's classes."""
+    if y is not None and len(y) and not bool(((y >= 0) & (y < classes)).all()):
+        bad = y[(y < 0) | (y >= classes)][0].item()
+        raise InputError(f"tsrfast.attacks: y must be in 0..{classes - 1}, the model's classes, got {bad}")
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A model and a loss at one iterate."""
-
-    logits: Tensor
-    loss: Tensor
-    answer: Tensor
-    targeted: bool
-
-    @property
-    def adversarial(self) -> Tensor:
-        """bool ``[N]``; worked out only where somebody asks."""
-        return wrong(self.logits, self.answer) ^ self.targeted
-
-
-def _evaluate(model: nn.Module, plan: Plan, x: Tensor, y: Tensor | None, first: bool) -> Evaluation:
-    logits = model(x)
-    if first:  # once an attack: looking at labels waits for a GPU
-        check_logits(logits, len(x), y)
-    return Evaluation(logits, *plan.loss(x, logits, y), plan.targeted)
-
-
-def run_loop(
-    model: nn.Module, plan: Plan, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool
-) -> tuple[Best, Tensor, int]:
-    """Attack a batch.
+def run_loop(engine: Engine, recipe: Recipe, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
+    """Attack a batch: one attempt a restart, each image keeps its best.
 
     Args:
-        model: the attacked network, already in eval mode (`undisturbed`).
-        plan: the attack.
+        engine: makes an attempt.
+        recipe: the attack.
         x0: clean images ``[N, ...]``, dense, without gradient; not changed.
         y: labels, int64 ``[N]``, or None for losses that need none.
         index: int64 ``[N]``, the images' numbers.
-        judge: whether loss and success of the returned images are wanted (one more forward pass).
-
-    Returns:
-        (best, bad, queries): the chosen images (with their loss and success where judged, else NaN and False), int64 ``[N]`` NaN
-        gradient entries, and forward passes an image.
+        judge: whether loss and success of the returned images are wanted (else NaN and False; one forward pass less).
     """
-    n, queries = len(x0), 0
-    best: Best | None = None
-    bad = torch.zeros(n, dtype=torch.int64, device=x0.device)
-    judge = judge or plan.keep == "best" or plan.restarts > 1
-    for restart in range(plan.restarts):
-        if plan.random_start:
-            x = random_start(x0, plan.threat, seed=plan.seed, index=index, restart=restart)
+    judge = judge or recipe.keep == "best" or recipe.early_stop or recipe.restarts > 1
+    batch = Batch(torch.arange(len(x0), device=x0.device), x0, y, index, recipe.threat, recipe.step_size)
+    total: Attempt | None = None
+    for restart in range(recipe.restarts):
+        if recipe.random_start:
+            start = random_start(batch.x0, batch.threat, seed=recipe.seed, index=batch.index, restart=restart)
         else:
-            x = x0.clone()
-        for step in range(plan.steps):
-            leaf = x.detach().requires_grad_()
-            at = _evaluate(model, plan, leaf, y, first=queries == 0)
-            queries += 1
-            if not at.loss.requires_grad:
-                raise InputError(
-                    "tsrfast.attacks: model must be differentiable, but its loss has no gradient (detached, or no_grad inside?)"
-                )
-            # The sum: an image's gradient must not depend on its batch. allow_unused: a loss may ignore x (a constant model).
-            gradient = torch.autograd.grad(at.loss.sum(), leaf, allow_unused=True)[0]
-            g = torch.zeros_like(x) if gradient is None else gradient
-            if not same_layout(g, x):
-                g = torch.empty_like(x).copy_(g)
-            if plan.on_step is not None:
-                plan.on_step(StepState(restart, step, x.clone(), at.logits.detach(), at.loss.detach(), at.adversarial, g))
-            if plan.keep == "best":
-                best = _offer(best, x.clone(), at)
-            with torch.no_grad():
-                t = plan.threat
-                bad += pgd_step_(
-                    x, x0, g, step_size=plan.step_size, eps=t.eps, norm=t.norm, lo=t.lo, hi=t.hi, targeted=plan.targeted
-                )
-        if judge:
-            with torch.no_grad():
-                at = _evaluate(model, plan, x, y, first=queries == 0)
-            queries += 1
-            best = _offer(best, x, at)
+            start = batch.x0.clone()
+        got = engine(batch, start, judge, restart)
+        if total is None:
+            total = got
         else:
-            nothing = torch.full((n,), torch.nan, dtype=x0.dtype, device=x0.device)
-            best = Best(x, nothing, torch.zeros(n, dtype=torch.bool, device=x0.device))
-    assert best is not None  # restarts >= 1
-    return best, bad, queries
-
-
-def _offer(best: Best | None, x: Tensor, at: Evaluation) -> Best:
-    if best is None:
-        return Best(x, at.loss.detach(), at.adversarial)
-    best.offer(x, at.loss.detach(), at.adversarial, at.targeted)
-    return best
+            total.best.offer(got.best, recipe.targeted, batch.rows)
+            total.bad.index_add_(0, batch.rows, got.bad)
+            total.queries.index_add_(0, batch.rows, got.queries)
+        if recipe.early_stop:
+            batch = batch.only((~got.best.adversarial).nonzero().squeeze(1))
+            if not len(batch.rows):
+                break
+    assert total is not None  # restarts >= 1
+    return total

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tsrfast.chain import Chain
 from tsrfast.errors import InputError, unknown
 
 
@@ -28,7 +29,7 @@ class Loss:
     needs_labels: ClassVar[bool] = False
     """Whether `y` must be given."""
 
-    def models(self) -> tuple[nn.Module, ...]:
+    def models(self) -> tuple[nn.Module | Chain, ...]:
         """Networks the loss evaluates besides the attacked one."""
         return ()
 
@@ -37,7 +38,7 @@ class Loss:
 
 
 def _gap(logits: Tensor, label: Tensor) -> Tensor:
-    """max_{k != label} z_k - z_label."""
+    """max_{k != label} z_k - z_label, several k that reach the maximum share the gradient."""
     here = label[:, None]
     return logits.scatter(1, here, -torch.inf).amax(1) - logits.gather(1, here).squeeze(1)
 
@@ -75,9 +76,9 @@ class Margin(Loss):
 class _Oracle(Loss):
     """Losses against a teacher evaluated at the same x'. Adversarial: argmax s(x') != argmax t(x') (paper, section 5.4)."""
 
-    teacher: nn.Module
+    teacher: nn.Module | Chain
 
-    def models(self) -> tuple[nn.Module, ...]:
+    def models(self) -> tuple[nn.Module | Chain, ...]:
         return (self.teacher,)
 
     def value(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -131,6 +132,19 @@ class OracleKL(_Oracle):
     def value(self, student: Tensor, teacher: Tensor) -> Tensor:
         t = teacher.log_softmax(1)
         return (t.exp() * (t - student.log_softmax(1))).sum(1)
+
+
+@dataclass(frozen=True)
+class OracleMaxDifference(_Oracle):
+    """max_k |s_k(x') - t_k(x')|, gradient through both networks: the attack of the adapted CCAT (paper, section 5.6).
+
+    The gradient is that of the one k which reaches the maximum, of several the lowest (`Tensor.max` along a dimension gives the first).
+    """
+
+    name: ClassVar[str] = "oracle_max_difference"
+
+    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).abs().max(1).values
 
 
 BY_NAME: dict[str, Loss] = {loss.name: loss for loss in (CrossEntropy(), Margin())}

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tsrfast.attacks.attack import Attack
-from tsrfast.attacks.loop import Plan, StepState
+from tsrfast.attacks.loop import Recipe, StepState
 from tsrfast.attacks.losses import Loss, resolve
 from tsrfast.attacks.threat import Threat, check_radius
 from tsrfast.errors import InputError, unknown
+
+ENGINES = ("auto", "chain", "eager")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,10 @@ class PGD(Attack):
         seed: key of the random starts.
         lo, hi: the pixel box.
         on_step: called with a `StepState` at each step.
+        early_stop: an image stops at its first adversarial iterate (the start included), which is returned; only the others go on.
+            For evaluation: success is that of ``keep="best"``, for less work; the loss is not driven further.
+        engine: ``auto`` takes native code where it can (`plan` says whether and why); ``eager`` always PyTorch; ``chain`` native code,
+            or an error that says why not.
 
     Raises:
         InputError: a value that is not allowed.
@@ -49,11 +55,13 @@ class PGD(Attack):
     lo: float = 0.0
     hi: float = 1.0
     on_step: Callable[[StepState], None] | None = None
+    early_stop: bool = False
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
-        self._plan()
+        self._recipe()
 
-    def _plan(self) -> Plan:
+    def _recipe(self) -> Recipe:
         threat = Threat(self.norm, self.eps, self.lo, self.hi)
         check_radius("step_size", self.step_size)
         for name, value, least in (("steps", self.steps, 0), ("restarts", self.restarts, 1)):
@@ -61,7 +69,9 @@ class PGD(Attack):
                 raise InputError(f"tsrfast.attacks: {name} must be an integer >= {least}, got {value!r}")
         if self.keep not in ("last", "best"):
             raise unknown("keep", self.keep, ("last", "best"))
-        return Plan(
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        return Recipe(
             threat,
             resolve(self.loss),
             self.step_size,
@@ -70,6 +80,8 @@ class PGD(Attack):
             self.random_start,
             self.targeted,
             self.keep,
+            self.early_stop,
             self.seed,
             self.on_step,
+            self.engine,
         )
