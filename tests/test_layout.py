@@ -54,6 +54,27 @@ INCLUDES = {
 LATE = ["matplotlib", "pyarrow", "PIL", "jinja2", "rich", "typer", "pandas"]
 
 
+# The operators on chains share their files, and have no CUDA twin yet.
+CHAIN_OPS = ["chain_forward", "chain_gradient", "chain_pack", "chain_pgd"]
+CHAIN_FILES = [f for f in OP_FILES if "cuda" not in f]
+
+
+def test_operators_on_chains_share_their_files():
+    assert not [f.format("chain") for f in CHAIN_FILES if not (ROOT / f.format("chain")).is_file()]
+    header = (CSRC / "core" / "chain.h").read_text()
+    for op in CHAIN_OPS:
+        assert f"void {op}_cpu(" in header
+        assert hasattr(torch.ops.tsrfast, op)
+        assert op in (CSRC / "bind" / "chain.cpp").read_text()
+        assert f"def test_{op}" in (ROOT / "bench" / "bench_chain.py").read_text()
+    # What is compiled for several instruction sets is not shared beyond them: chain_pack.h has formulas only.
+    for op in ("chain_forward", "chain_gradient", "chain_pgd"):
+        plain = inspect.signature(getattr(tsrfast.reference, op)).parameters
+        assert [p for p in plain if p != "weights"] == [
+            p for p in inspect.signature(getattr(tsrfast.ops, op)).parameters if p != "packed"
+        ]
+
+
 def test_operators_are_found():
     assert {"pgd_step", "relu_gate", "philox_uniform", "channel_correlation"} <= set(OPS)
 
@@ -133,11 +154,13 @@ def test_native_includes(directory):
 
 def test_instruction_set_files_share_no_code():
     """An inline function that such a file shares may reach every CPU in its AVX-512 form: the linker keeps any one copy."""
-    sources = [*(CSRC / "cpu").glob("*_avx*.cpp"), *(CSRC / "cpu").glob("*_body.h")]
+    sources = [*(CSRC / "cpu").glob("*_avx*.cpp"), *(CSRC / "cpu").glob("*_*.h")]
     assert sources
     for source in sources:
-        body = re.sub(r"(_avx2|_avx512)?\.cpp$|_body\.h$", "", source.name)
-        wrong = [i for i in included(source) if not re.fullmatch(rf"core/.*|immintrin\.h|cstdint|cpu/{body}_body\.h", i)]
+        name = re.sub(r"(_avx2|_avx512)?\.cpp$|_[a-z]+\.h$", "", source.name)
+        wrong = [
+            i for i in included(source) if not re.fullmatch(rf"core/.*|immintrin\.h|omp\.h|cstdint|cpu/{name}_[a-z]+\.h", i)
+        ]
         assert not wrong, f"{source.name} includes {wrong}"
 
 

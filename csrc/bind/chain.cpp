@@ -32,8 +32,9 @@ void bind_chain(py::module_& cpu, py::module_&) {
   cpu.def(
       "chain_pack",
       [](Address plan, int64_t records, Address weights, Address packed, int) {
-        tsr::chain_pack_cpu({plan_of(plan, records, "plan"), at<const float>(weights, records, "weights"),
-                             at<float>(packed, records, "packed")});
+        const tsr::ChainPlan p = plan_of(plan, records, "plan");
+        const int64_t values = tsr::chain_packed_size(p);
+        tsr::chain_pack_cpu({p, at<const float>(weights, values, "weights"), at<float>(packed, values, "packed")});
       },
       release_gil());
   cpu.def(

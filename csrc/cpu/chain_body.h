@@ -62,7 +62,7 @@ void forward(const ChainForward& a, int threads) {
              [&](auto width, int64_t first, int64_t count, Carve memory) {
                constexpr int L = decltype(width)::lanes;
                const Room room(plan, {}, memory);
-    Net<L> net(a.net, room, memory);
+               Net<L> net(a.net, room, memory);
                Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs * L));
                const float* image[L];
                for (int64_t l = 0; l < count; ++l) image[l] = a.x + (first + l) * inputs;
@@ -87,7 +87,7 @@ void gradient(const ChainGradient& a, int threads) {
              [&](auto width, int64_t first, int64_t count, Carve memory) {
                constexpr int L = decltype(width)::lanes;
                const Room room(plan, {}, memory);
-    Net<L> net(a.net, room, memory);
+               Net<L> net(a.net, room, memory);
                Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs * L));
                Vec<L>* const cotangent = reinterpret_cast<Vec<L>*>(memory.take<float>(classes * L));
                const float* from[L];

@@ -27,8 +27,8 @@ inline int64_t scratch_of(const ChainRecord& r) {
 }
 
 // What the networks of an attack share, since one works after the other: two maps of activations, from one to the other
-// and back, and scratch. All sizes are those of the widest vectors, so that a thread may go on with narrower ones when it
-// has fewer images left.
+// and back, and scratch. All sizes are those of the widest vectors, so that a thread may go on with narrower ones when
+// it has fewer images left.
 struct Room {
   float *map[2], *scratch;
   Room(const ChainPlan& one, const ChainPlan& other, Carve& memory) {

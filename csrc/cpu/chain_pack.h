@@ -11,6 +11,7 @@
 #include "core/chain.h"
 
 namespace tsr {
+namespace {
 
 constexpr int64_t kBlock = 8;
 
@@ -41,8 +42,9 @@ struct Packed {
 constexpr double kWinogradA = 0.625, kWinogradB = 1.5;
 
 // Taps along one axis of input pixels y with (y + pad) % stride == i: r = i, i + stride, ...
-inline constexpr int64_t taps_of(int64_t kernel, int64_t stride, int64_t i) {
+constexpr int64_t taps_of(int64_t kernel, int64_t stride, int64_t i) {
   return i < kernel ? (kernel - i + stride - 1) / stride : 0;
 }
 
+}  // namespace
 }  // namespace tsr

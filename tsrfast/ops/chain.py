@@ -186,9 +186,7 @@ def _pgd(
         other = _net(op, "teacher", teacher_plan, teacher_packed)
         shapes = [(math.prod(_shape(p, -1)), math.prod(_shape(p, len(p) - 1))) for p in (plan, teacher_plan)]
         if shapes[0] != shapes[1]:
-            raise InputError(
-                f"tsrfast.{op}: teacher must have the student's inputs and classes {shapes[0]}, got {shapes[1]}"
-            )
+            raise InputError(f"tsrfast.{op}: teacher must have the student's inputs and classes {shapes[0]}, got {shapes[1]}")
     elif LOSSES[loss].startswith("oracle"):
         raise InputError(f"tsrfast.{op}: teacher must be given for loss {LOSSES[loss]!r}, got None")
     if labels is None and not LOSSES[loss].startswith("oracle"):
@@ -215,7 +213,9 @@ def _pgd(
 
 
 def _untraceable(*_: object) -> Tensor:
-    raise EnvironmentFault("tsrfast: chain_pack, chain_forward and chain_gradient cannot be traced: their shapes are data of the plan")
+    raise EnvironmentFault(
+        "tsrfast: chain_pack, chain_forward and chain_gradient cannot be traced: their shapes are data of the plan"
+    )
 
 
 def _fake_pgd(x0: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -375,8 +375,8 @@ def chain_pgd(
             raise InputError(f"tsrfast.chain_pgd: {name} must be >= 0, got {value if one is None else one.min().item():g}")
         values.append(value)
         each.append(one)
-    out = _op_pgd(
+    x, value_at, adversarial, bad, queries, every = _op_pgd(
         x0, start, *student, *(teacher or (None, None)), labels, LOSSES.index(loss), NORMS[norm], *each, *values, lo, hi, sparsity,
         steps, targeted, keep == "best", early_stop, judge, iterates,
     )  # fmt: skip
-    return ChainPGD(*out[:5], out[5] if iterates else None)
+    return ChainPGD(x, value_at, adversarial, bad, queries, every if iterates else None)
