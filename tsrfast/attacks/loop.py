@@ -185,7 +185,7 @@ def run_loop(engine: Engine, recipe: Recipe, x0: Tensor, y: Tensor | None, index
         if total is None:
             total = got
         else:
-            total.best.offer(got.best, recipe.targeted, batch.rows)
+            total.best.offer(got.best, recipe.targeted, batch.rows if recipe.early_stop else None)
             total.bad.index_add_(0, batch.rows, got.bad)
             total.queries.index_add_(0, batch.rows, got.queries)
         if recipe.early_stop:

@@ -1,0 +1,118 @@
+"""An attempt in PyTorch: forward and backward of any module, and the fused step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsrfast.attacks.loop import Attempt, Batch, Best, Recipe, StepState, check_labels, select
+from tsrfast.attacks.losses import wrong
+from tsrfast.errors import InputError
+from tsrfast.ops import pgd_step_
+from tsrfast.ops._register import same_layout
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model and a loss at one iterate."""
+
+    x: Tensor
+    logits: Tensor
+    loss: Tensor
+    answer: Tensor
+    targeted: bool
+
+    @property
+    def adversarial(self) -> Tensor:
+        """bool ``[N]``; worked out only where somebody asks."""
+        return wrong(self.logits, self.answer) ^ self.targeted
+
+    @property
+    def candidate(self) -> Best:
+        return Best(self.x.detach(), self.loss.detach(), self.adversarial)
+
+    def gradient(self) -> Tensor:
+        """Of the loss with respect to x, like x."""
+        if not self.loss.requires_grad:
+            raise InputError(
+                "tsrfast.attacks: model must be differentiable, but its loss has no gradient (detached, or no_grad inside?)"
+            )
+        # The sum: an image's gradient must not depend on its batch. allow_unused: a loss may ignore x (a constant model).
+        g = torch.autograd.grad(self.loss.sum(), self.x, allow_unused=True)[0]
+        if g is None:
+            return torch.zeros_like(self.x)
+        return g if same_layout(g, self.x) else torch.empty_like(self.x).copy_(g)
+
+    def only(self, rows: Tensor) -> Evaluation:
+        """The images at these positions, without graph."""
+        x, logits, loss, answer = (t.detach() for t in (self.x, self.logits, self.loss, self.answer))
+        return Evaluation(select(x, rows), logits[rows], loss[rows], answer[rows], self.targeted)
+
+
+def attempt(
+    model: Callable[[Tensor], Tensor], recipe: Recipe, batch: Batch, start: Tensor, judge: bool, restart: int
+) -> Attempt:
+    """One run of the loop from `start` (see `loop.Engine`). `model` is in eval mode already (`loop.evaluating`)."""
+    best = Best.unjudged(start)
+    bad = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+    queries = torch.zeros_like(bad)
+    x = start.clone()
+    rows: Tensor | None = None  # positions in `start` of the images that still stand; None: all
+    for step in range(recipe.steps + 1):
+        final = step == recipe.steps
+        if final and not judge:
+            return Attempt(Best.unjudged(x), bad, queries)
+        at = _evaluate(model, recipe, x, batch.y, gradient=not final, first=step == 0)
+        _add(queries, 1, rows)
+        if recipe.keep == "best":
+            best.offer(at.candidate, recipe.targeted, rows)
+        elif final:
+            best.take(torch.ones_like(at.adversarial), at.candidate, rows)
+        if final:
+            break
+        standing: Tensor | None = None
+        if recipe.early_stop and bool((fallen := at.adversarial).any()):
+            best.take(fallen, at.candidate, rows)
+            standing = (~fallen).nonzero().squeeze(1)
+            if not len(standing):
+                break
+        g = at.gradient()
+        if standing is not None:
+            at, g, batch, x = at.only(standing), select(g, standing), batch.only(standing), select(x, standing)
+            rows = standing if rows is None else rows[standing]
+        if recipe.on_step is not None:
+            recipe.on_step(
+                StepState(restart, step, x.clone(), at.logits.detach(), at.loss.detach(), at.adversarial, g, batch.rows)
+            )
+        t, size = batch.threat, batch.step_size
+        with torch.no_grad():
+            count = pgd_step_(
+                x, batch.x0, g, step_size=size, eps=t.eps, norm=t.norm, lo=t.lo, hi=t.hi, targeted=recipe.targeted
+            )
+        _add(bad, count, rows)
+    return Attempt(best, bad, queries)
+
+
+def _add(total: Tensor, more: Tensor | int, rows: Tensor | None) -> None:
+    if rows is None:
+        total += more
+    else:
+        total[rows] += more
+
+
+def _evaluate(
+    model: Callable[[Tensor], Tensor], recipe: Recipe, x: Tensor, y: Tensor | None, gradient: bool, first: bool
+) -> Evaluation:
+    # An alias that can carry a gradient: x itself is stepped in place afterwards.
+    leaf = x.detach().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        logits = model(leaf)
+        if first:  # once: looking at labels waits for a GPU
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+                what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise InputError(f"tsrfast.attacks: model must return logits [{len(x)}, classes], got {what}")
+            check_labels(y, logits.shape[1])
+        return Evaluation(leaf, logits, *recipe.loss(leaf, logits, y), recipe.targeted)

@@ -1,0 +1,246 @@
+"""A compiled network, and the two ways to get one: `compile`, once, and `automatic`, always up to date with its module."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tsrfast.chain.folding import build
+from tsrfast.chain.handlers import HANDLERS
+from tsrfast.chain.tracing import BATCHES, Step, run_trace
+from tsrfast.errors import InputError, UnsupportedModel
+from tsrfast.ops.chain import ACTIVATIONS, FIELDS, KINDS, chain_forward, chain_gradient, chain_pack
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# A module -> its chain of the last image shape. By identity: a module may define __eq__ or not be hashable.
+_automatic: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class Chain:
+    """A network in eval mode as plan and packed parameters: a snapshot, that `refresh` brings up to date.
+
+    Made by `tsrfast.compile`. It computes in float32 on the CPU, and its results carry no gradient graph. Wherever an `x` is taken: float32
+    ``[N, *image]`` on the CPU, any strides, not changed; `InputError` otherwise.
+
+    Attributes:
+        plan: int64 ``[records, columns]``, see `tsrfast.ops.chain`.
+        weights: float32 ``[*]``, the parameters (folded) that the plan's offsets point into.
+        packed: the same in the engine's own order.
+        image: shape of one input.
+        classes: number of logits.
+        names: of each record, e.g. ``convs.0+relu``.
+    """
+
+    def __init__(self, source: Callable[[], nn.Module | None], image: tuple[int, ...], winograd: bool) -> None:
+        self.image = image
+        self._source, self._winograd = source, winograd
+        self._set(self._trace())
+        if not _same(self._steps, self._trace(BATCHES[1])):
+            raise UnsupportedModel(
+                f"tsrfast.compile: model ({type(source()).__name__}): is not the same network twice "
+                "(random numbers, the size of the batch, or a state that its forward changes)"
+            )
+
+    def _trace(self, batch: int = BATCHES[0]) -> list[Step]:
+        model = self._source()
+        if model is None:
+            raise InputError("tsrfast.Chain: the network that the chain was compiled from must still exist")
+        return run_trace(model, self.image, HANDLERS, batch)
+
+    def _set(self, steps: list[Step]) -> None:
+        with torch.no_grad():
+            self._steps = [
+                s._replace(tensors=tuple(None if t is None else t.detach().clone() for t in s.tensors)) for s in steps
+            ]
+            self.plan, self.weights, self.names = build(self._steps, self._winograd)
+            self.packed = chain_pack(self.plan, self.weights)
+        rows = [dict(zip(FIELDS, row, strict=True)) for row in self.plan.tolist()]
+        self._rows = rows
+        self._entering = _shape(rows[0], "")
+        self.classes = rows[-1]["out_channels"] * rows[-1]["out_height"] * rows[-1]["out_width"]
+
+    def refresh(self) -> None:
+        """Read the network anew, structure included; not while another thread uses this chain.
+
+        Raises:
+            InputError: the network no longer exists.
+            UnsupportedModel: it is no longer one that can be compiled.
+        """
+        self._set(self._trace())
+
+    def stale(self) -> bool:
+        """Whether the network is no longer what it was at the last `refresh`, parameters compared bit by bit."""
+        try:
+            return not _same(self._steps, self._trace())
+        except UnsupportedModel:
+            return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``[N, classes]``."""
+        return self.activations(x, [len(self.names) - 1])[0].flatten(1)
+
+    def activations(self, x: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """What the records `layers` (all, if not given) return, after their activation: ``[N, C, H, W]``, or ``[N, O]`` for linear."""
+        wanted = range(len(self.names)) if layers is None else [self._record(layer) for layer in layers]
+        ascending = sorted(set(wanted))
+        with torch.no_grad():
+            found = dict(zip(ascending, chain_forward(self._input(x), self.plan, self.packed, ascending), strict=True))
+        return [found[i] for i in wanted]
+
+    def gates(self, x: Tensor) -> list[Tensor]:
+        """bool, shaped as the activations, for each record that ends in an activation: open where not z <= 0 (so NaN is)."""
+        gated = [i for i, row in enumerate(self._rows) if row["activation"] != ACTIVATIONS["none"]]
+        return [~(a <= 0) for a in self.activations(x, gated)]
+
+    def input_gradient(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        """Gradient of sum(logits * cotangent) with respect to x, like x; `cotangent` is float32 ``[N, classes]`` on the CPU."""
+        given = self._input(x)
+        wanted = (len(x), self.classes)
+        if not isinstance(cotangent, Tensor) or (cotangent.shape, cotangent.dtype, cotangent.device) != (
+            wanted,
+            x.dtype,
+            x.device,
+        ):
+            raise InputError(f"tsrfast.Chain: cotangent must be float32 {list(wanted)} on the CPU, got {_said(cotangent)}")
+        with torch.no_grad():
+            rows = cotangent.detach().reshape(len(x), 1, self.classes).contiguous()
+            return chain_gradient(given, self.plan, self.packed, rows).reshape(x.shape)
+
+    def gradient_rows(self, x: Tensor, layer: int) -> Tensor:
+        """V_l: d logits_k / d what record `layer` returns (-1: x itself), ``[N, classes, *shape of that]``."""
+        layer = -1 if layer == -1 else self._record(layer)
+        given = self._input(x)
+        with torch.no_grad():
+            rows = torch.eye(self.classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1).contiguous()
+            out = chain_gradient(given, self.plan, self.packed, rows, layer)
+        return out.reshape(len(x), self.classes, *self.image) if layer == -1 else out
+
+    def _record(self, layer: int) -> int:
+        if not isinstance(layer, int) or not 0 <= layer < len(self.names):
+            raise InputError(f"tsrfast.Chain: layer must be a record, 0 to {len(self.names) - 1}, got {layer!r}")
+        return layer
+
+    def _input(self, x: Tensor) -> Tensor:
+        if (
+            not isinstance(x, Tensor)
+            or x.dtype != torch.float32
+            or x.device.type != "cpu"
+            or x.ndim != len(self.image) + 1
+            or tuple(x.shape[1:]) != self.image
+        ):
+            raise InputError(
+                f"tsrfast.Chain: x must be float32 [N, {', '.join(map(str, self.image))}] on the CPU, got {_said(x)}"
+            )
+        return x.detach().reshape(len(x), *self._entering).contiguous()
+
+    def __str__(self) -> str:
+        kinds = {number: kind for kind, number in KINDS.items()}
+        lines = [("", "record", "name", "in", "out", "kernel", "algorithm", "MFLOP")]
+        for i, (row, name) in enumerate(zip(self._rows, self.names, strict=True)):
+            kind = kinds[row["kind"]]
+            entering, leaving = ("x".join(map(str, _shape(row, side))) for side in ("", "out_"))
+            windowed = kind in ("conv", "avg_pool", "max_pool")
+            kernel = "{kernel_h}x{kernel_w} / {stride_h}x{stride_w} + {pad_h}x{pad_w}".format(**row) if windowed else ""
+            algorithm = "winograd" if row["winograd"] else "direct" if kind == "conv" else ""
+            lines.append((str(i), kind, name, entering, leaving, kernel, algorithm, f"{_flops(kind, row) / 1e6:.3f}"))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _shape(row: dict[str, int], side: str) -> tuple[int, ...]:
+    shape = tuple(row[f"{side}{axis}"] for axis in ("channels", "height", "width"))
+    return shape[:1] if row["kind"] == KINDS["linear"] else shape
+
+
+def _flops(kind: str, row: dict[str, int]) -> int:
+    """Additions and multiplications of the direct sum for an image."""
+    outputs = row["out_channels"] * row["out_height"] * row["out_width"]
+    window = row["kernel_h"] * row["kernel_w"]
+    return outputs * {"conv": 2 * row["channels"] * window, "linear": 2 * row["channels"], "affine": 2}.get(kind, window)
+
+
+def _said(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _same(kept: list[Step], now: list[Step]) -> bool:
+    """The same operations with the same numbers, bit by bit (a NaN is equal to itself)."""
+    if [s[:-1] for s in kept] != [s[:-1] for s in now]:
+        return False
+    pairs = ((a, b) for k, n in zip(kept, now, strict=True) for a, b in zip(k.tensors, n.tensors, strict=True))
+    with torch.no_grad():
+        return all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.nbytes % 8 == 0 and a.is_contiguous() and b.is_contiguous():
+        return torch.equal(a.view(-1).view(torch.int64), b.view(-1).view(torch.int64))  # half of the time
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+def compile(model: nn.Module, image: Sequence[int] | Tensor | None = None, *, winograd: bool = True) -> Chain:
+    """Compile a network for native code.
+
+    Any module whose forward is one line of: Conv2d (kernels to 7, stride to 4, zero padding less than the kernel, no groups, no dilation),
+    Linear, BatchNorm, ReLU, LeakyReLU, average and max pooling, Flatten, Dropout, and arithmetic with a constant a channel; as modules
+    or functions. What counts is the network in eval mode, whatever mode it is in; it is left as it was.
+
+    Args:
+        model: float32 parameters on the CPU, no hooks.
+        image: shape of one input, (C, H, W) or (D,), or a batch of inputs; not needed if the model has an `image` or begins with a Linear.
+        winograd: compute 3x3 convolutions by Winograd F(4x4,3x3) where that is quicker; else all of them by direct sums.
+
+    Returns:
+        A snapshot of the network, with a reference to it for `Chain.refresh`.
+
+    Raises:
+        UnsupportedModel: it is not such a network; the message names the module and why.
+        InputError: no image shape, or not one.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"tsrfast.compile: model must be a torch.nn.Module, got {type(model).__name__}")
+    return Chain(lambda: model, _image_shape(model, image), winograd)
+
+
+def _image_shape(model: nn.Module, image: Sequence[int] | Tensor | None) -> tuple[int, ...]:
+    declared = getattr(model, "image", None)
+    if image is None and isinstance(declared, tuple):
+        image = declared
+    if image is None:
+        first = next(
+            (m for m in model.modules() if not any(True for _ in m.children()) and any(True for _ in m.parameters())), None
+        )
+        if not isinstance(first, nn.Linear):
+            raise InputError("tsrfast.compile: image must be given for this model: (C, H, W), (D,) or a batch, got None")
+        image = (first.in_features,)
+    shape = tuple(image.shape[1:]) if isinstance(image, Tensor) else tuple(image) if isinstance(image, Sequence) else ()
+    if len(shape) not in (1, 3) or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+        got = list(image.shape) if isinstance(image, Tensor) else image
+        raise InputError(
+            f"tsrfast.compile: image must be (C, H, W) or (D,), positive integers, or a batch of such, got {got!r}"
+        )
+    return shape
+
+
+def automatic(model: nn.Module, image: tuple[int, ...]) -> Chain:
+    """The chain of `model` as it is now, for images of shape `image`: the one of the last call if nothing has changed.
+
+    A chain that was returned is never changed. It does not keep the model alive. Any thread may call this.
+
+    Raises:
+        UnsupportedModel: the model, as it is now, cannot be compiled.
+    """
+    chain: Chain | None = _automatic.get(model)
+    if chain is None or chain.image != image or chain.stale():
+        chain = Chain(weakref.ref(model), image, winograd=True)
+        _automatic[model] = chain
+    return chain
