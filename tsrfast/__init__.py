@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np  # noqa: F401  (torch's interchange with NumPy needs it loaded; see the design's import rule)
 import torch  # noqa: F401  (before tsrfast._C, always: then OpenMP is torch's own libgomp)
-
-if TYPE_CHECKING:
-    from tsrfast.chain import Chain, compile
-    from tsrfast.errors import UnsupportedModel
 
 __version__ = version("tsrfast")
 _SUBPACKAGES = ("attacks", "chain", "data", "errors", "nets", "ops", "reference", "specialization", "suite", "training")

@@ -21,6 +21,7 @@ void with_width([[maybe_unused]] int64_t images, F f) {
 #endif
 #if defined(__AVX2__)
   if (images > 4) return f(Width<8>{});
+  if (images < 2) return f(Width<1>{});
 #endif
   f(Width<4>{});
 }
@@ -64,14 +65,14 @@ void forward(const ChainForward& a, int threads) {
                const Room room(plan, {}, memory);
                Net<L> net(a.net, room, memory);
                Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs * L));
-               const float* image[L];
+               const float* image[L] = {};
                for (int64_t l = 0; l < count; ++l) image[l] = a.x + (first + l) * inputs;
                to_lanes<L>(image, count, inputs, in);
                net.forward(in, [&](int64_t i, const Vec<L>* results) {
                  const int64_t units = plan.record[i].outputs();
                  for (int64_t k = 0; k < a.asked; ++k) {
                    if (a.at[k] != i) continue;
-                   float* to[L];
+                   float* to[L] = {};
                    for (int64_t l = 0; l < count; ++l) to[l] = a.out[k] + (first + l) * units;
                    from_lanes<L>(results, count, units, to);
                  }
@@ -90,12 +91,12 @@ void gradient(const ChainGradient& a, int threads) {
                Net<L> net(a.net, room, memory);
                Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs * L));
                Vec<L>* const cotangent = reinterpret_cast<Vec<L>*>(memory.take<float>(classes * L));
-               const float* from[L];
+               const float* from[L] = {};
                for (int64_t l = 0; l < count; ++l) from[l] = a.x + (first + l) * inputs;
                to_lanes<L>(from, count, inputs, in);
                net.forward(in, [](int64_t, const Vec<L>*) {});
                for (int64_t row = 0; row < a.rows; ++row) {
-                 float* to[L];
+                 float* to[L] = {};
                  for (int64_t l = 0; l < count; ++l) {
                    from[l] = a.cotangent + ((first + l) * a.rows + row) * classes;
                    to[l] = a.out + ((first + l) * a.rows + row) * units;
@@ -148,16 +149,16 @@ class Attack {
     Vec<L>* const in = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs_ * L));
     Vec<L>* const back = reinterpret_cast<Vec<L>*>(memory.take<float>(inputs_ * L));
     Vec<L>* const lanes = reinterpret_cast<Vec<L>*>(memory.take<float>(classes_ * L));
-    const float* images[L];
+    const float* images[L] = {};
     for (int64_t l = 0; l < active_; ++l) images[l] = x(l);
     to_lanes<L>(images, active_, inputs_, in);
     const auto look = [&](Net<L>& net, float* logits) {
-      float* to[L];
+      float* to[L] = {};
       for (int64_t l = 0; l < active_; ++l) to[l] = logits + l * classes_;
       from_lanes<L>(net.forward(in, [](int64_t, const Vec<L>*) {}), active_, classes_, to);
     };
     const auto carry = [&](Net<L>& net, const float* cotangents) {
-      const float* from[L];
+      const float* from[L] = {};
       for (int64_t l = 0; l < active_; ++l) from[l] = cotangents + l * classes_;
       to_lanes<L>(from, active_, classes_, lanes);
       return net.backward(lanes, -1);
@@ -180,7 +181,7 @@ class Attack {
         for (int64_t u = 0; u < inputs_; ++u) back[u] += g[u];
         g = back;
       }
-      float* to[L];
+      float* to[L] = {};
       for (int64_t l = 0; l < active_; ++l) to[l] = g_ + l * inputs_;
       from_lanes<L>(g, active_, inputs_, to);
       for (int64_t l = 0; l < active_; ++l)

@@ -6,6 +6,8 @@
 namespace tsr {
 namespace {
 
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // out[i][j] = sum_k w[k][i] panel[k][j]; a row of w is `ws` long, of panel `ps`, of out `os`.
 template <int L, int R, int P>
 void product(int64_t depth, const float* w, int64_t ws, const Vec<L>* panel, int64_t ps, Vec<L>* out, int64_t os) {
@@ -54,10 +56,39 @@ void product_of(int rows, int64_t depth, const float* w, int64_t ws, const Vec<L
   }
 }
 
+#if defined(__AVX2__)
+// The same for one image: a vector holds a weight's outputs, `rows` of them. It reads kBlock floats whatever `rows` is.
+template <int P>
+void product_of_one(int64_t rows, int64_t depth, const float* w, const Vec<1>* panel, int64_t ps, Vec<1>* out,
+                    int64_t os) {
+  __m256 sum[P];
+  for (int j = 0; j < P; ++j) sum[j] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < depth; ++k, w += rows, panel += ps) {
+    const __m256 weights = _mm256_loadu_ps(w);
+#pragma GCC unroll 16
+    for (int j = 0; j < P; ++j) sum[j] = _mm256_fmadd_ps(weights, _mm256_set1_ps(panel[j][0]), sum[j]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < P; ++j)
+    for (int64_t i = 0; i < rows; ++i) out[i * os + j] = Vec<1>{sum[j][i]};
+}
+static_assert(kBlock == 8, "a block of outputs is a vector");
+
+template <int P>
+void products_of_one(int64_t points, int64_t rows, int64_t depth, const float* w, const Vec<1>* panel, int64_t ps,
+                     Vec<1>* out, int64_t os) {
+  if (points == P) return product_of_one<P>(rows, depth, w, panel, ps, out, os);
+  if constexpr (P > 1) products_of_one<P - 1>(points, rows, depth, w, panel, ps, out, os);
+}
+#endif
+
 // A block of up to kBlock outputs times up to kPoints vectors. Rows beyond kRows take a second pass over the panel.
 template <int L>
 void product(int64_t rows, int64_t points, int64_t depth, const float* w, const Vec<L>* panel, int64_t ps, Vec<L>* out,
              int64_t os) {
+#if defined(__AVX2__)
+  if constexpr (L == 1) return products_of_one<kPoints<1>>(points, rows, depth, w, panel, ps, out, os);
+#endif
   for (int64_t at = 0; at < rows; at += kRows) {
     const int some = int(rows - at < kRows ? rows - at : kRows);
     if (points == 3) product_of<L, 3>(some, depth, w + at, rows, panel, ps, out + at * os, os);
@@ -65,7 +96,6 @@ void product(int64_t rows, int64_t points, int64_t depth, const float* w, const 
     if (points == 1) product_of<L, 1>(some, depth, w + at, rows, panel, ps, out + at * os, os);
   }
 }
-static_assert(kPoints == 3, "product has cases for 1 to 3 points");
 
 // One axis of a Winograd transform: B^T d of six values, A^T m of six to four (matrices by powers of a and b).
 constexpr float kA1 = float(kWinogradA), kA2 = kA1 * kA1, kA3 = kA2 * kA1;
@@ -103,20 +133,44 @@ struct Map {
   int64_t c, h, w;
 };
 
+// For every pixel of a 3x3 convolution the lanes in which its window, over all channels, holds anything but zeros.
+// Elsewhere the sum is 0, not the rounding error that a Winograd tile leaves where its neighbours are not zero: a ReLU
+// there stays closed, and a pixel that no open gate leads to keeps the gradient 0 and is not moved by a signed step.
+// `seen`: [h][w], scratch.
+template <int L>
+void live_windows(const Map<L>& x, int64_t ph, int64_t pw, int64_t oh, int64_t ow, Gate* seen, Gate* live) {
+  const int64_t area = x.h * x.w;
+  for (int64_t p = 0; p < area; ++p) seen[p] = 0;
+  for (int64_t c = 0; c < x.c; ++c)
+    for (int64_t p = 0; p < area; ++p) seen[p] = Gate(seen[p] | Lanes<L>::nonzero(x.at[c * area + p]));
+  for (int64_t y = 0; y < oh; ++y)
+    for (int64_t z = 0; z < ow; ++z) {
+      unsigned any = 0;
+      for (int64_t r = most(y - ph, 0); r < x.h && r < y - ph + 3; ++r)
+        for (int64_t s = most(z - pw, 0); s < x.w && s < z - pw + 3; ++s) any |= seen[r * x.w + s];
+      live[y * ow + z] = Gate(any);
+    }
+}
+
 // 3x3, stride 1, padding (ph, pw) on every side: y[o] = bias[o] + sum_c w[o][c] * x[c], o in [0, outputs), to
-// [outputs][oh][ow]. Values outside x are zeros. `scratch`: winograd_scratch vectors.
-constexpr int64_t winograd_scratch(int64_t channels) { return 36 * kPoints * (channels + kBlock); }
+// [outputs][oh][ow]. Values outside x are zeros. `scratch`: winograd_scratch vectors. `seen`, `live`: pixels of x, of
+// y.
+template <int L>
+constexpr int64_t winograd_scratch(int64_t channels) {
+  return 36 * kPoints<L> * (channels + kBlock);
+}
 
 template <int L>
 void winograd(const Map<L>& x, int64_t ph, int64_t pw, const float* w, const float* bias, int64_t outputs, int64_t oh,
-              int64_t ow, const Sink<L>& sink, Vec<L>* scratch) {
+              int64_t ow, const Sink<L>& sink, Vec<L>* scratch, Gate* seen, Gate* live) {
+  live_windows<L>(x, ph, pw, oh, ow, seen, live);
   const int64_t across = (ow + 3) / 4, tiles = (oh + 3) / 4 * across;
   const Blocks blocks(outputs);
-  Vec<L>* const v = scratch;                       // [36][c][kPoints]
-  Vec<L>* const m = scratch + 36 * x.c * kPoints;  // [36][size][kPoints]
-  const int64_t step = x.c * kPoints;
-  for (int64_t t0 = 0; t0 < tiles; t0 += kPoints) {
-    const int64_t points = tiles - t0 < kPoints ? tiles - t0 : kPoints;
+  Vec<L>* const v = scratch;                          // [36][c][kPoints<L>]
+  Vec<L>* const m = scratch + 36 * x.c * kPoints<L>;  // [36][size][kPoints<L>]
+  const int64_t step = x.c * kPoints<L>;
+  for (int64_t t0 = 0; t0 < tiles; t0 += kPoints<L>) {
+    const int64_t points = tiles - t0 < kPoints<L> ? tiles - t0 : kPoints<L>;
     for (int64_t p = 0; p < points; ++p) {
       const int64_t y0 = (t0 + p) / across * 4 - ph, x0 = (t0 + p) % across * 4 - pw;
       const bool inside = y0 >= 0 && x0 >= 0 && y0 + 6 <= x.h && x0 + 6 <= x.w;
@@ -133,7 +187,7 @@ void winograd(const Map<L>& x, int64_t ph, int64_t pw, const float* w, const flo
             }
           for (int i = 0; i < 6; ++i) winograd_input<L>(patch + 6 * i, 1, rows + 6 * i, 1);
         }
-        Vec<L>* const to = v + c * kPoints + p;
+        Vec<L>* const to = v + c * kPoints<L> + p;
         for (int j = 0; j < 6; ++j) winograd_input<L>(rows + j, 6, to + j * step, 6 * step);
       }
     }
@@ -141,20 +195,23 @@ void winograd(const Map<L>& x, int64_t ph, int64_t pw, const float* w, const flo
       const int64_t first = blocks.first(b), size = blocks.first(b + 1) - first;
       const float* const weights = w + 36 * x.c * first;
       for (int64_t f = 0; f < 36; ++f)
-        product<L>(size, points, x.c, weights + f * x.c * size, v + f * step, kPoints, m + f * size * kPoints, kPoints);
+        product<L>(size, points, x.c, weights + f * x.c * size, v + f * step, kPoints<L>, m + f * size * kPoints<L>,
+                   kPoints<L>);
       for (int64_t i = 0; i < size; ++i)
         for (int64_t p = 0; p < points; ++p) {
           const int64_t y0 = (t0 + p) / across * 4, x0 = (t0 + p) % across * 4;
           const int64_t high = oh - y0 < 4 ? oh - y0 : 4, wide = ow - x0 < 4 ? ow - x0 : 4;
-          const Vec<L>* const from = m + i * kPoints + p;
+          const Vec<L>* const from = m + i * kPoints<L> + p;
           Vec<L> columns[24];
-          for (int j = 0; j < 6; ++j) winograd_output<L>(from + j * size * kPoints, 6 * size * kPoints, columns + j, 6);
+          for (int j = 0; j < 6; ++j)
+            winograd_output<L>(from + j * size * kPoints<L>, 6 * size * kPoints<L>, columns + j, 6);
           const Vec<L> offset = all<L>(bias ? bias[first + i] : 0.f);
           for (int64_t r = 0; r < high; ++r) {
             Vec<L> y[4];
             winograd_output<L>(columns + 6 * r, 1, y, 1);
-            const int64_t unit = ((first + i) * oh + y0 + r) * ow + x0;
-            for (int64_t s = 0; s < wide; ++s) sink.put(unit + s, y[s] + offset);
+            const int64_t pixel = (y0 + r) * ow + x0, unit = (first + i) * oh * ow + pixel;
+            for (int64_t s = 0; s < wide; ++s)
+              sink.put(unit + s, Lanes<L>::select(live[pixel + s], y[s], Vec<L>{}) + offset);
           }
         }
     }
@@ -170,34 +227,38 @@ struct Taps {
   int64_t high, wide, fy, fx, by, bx, uy, ux, oy, ox, row, area;
 };
 
-constexpr int64_t direct_scratch(int64_t channels, int64_t taps) { return kPoints * (channels * taps + kBlock); }
+template <int L>
+constexpr int64_t direct_scratch(int64_t channels, int64_t taps) {
+  return kPoints<L> * (channels * taps + kBlock);
+}
 
 template <int L>
 void direct(const Map<L>& x, const Taps& taps, const float* w, const float* bias, int64_t outputs, const Sink<L>& sink,
             Vec<L>* scratch) {
   const Blocks blocks(outputs);
   const int64_t depth = x.c * taps.count, pixels = taps.high * taps.wide;
-  Vec<L>* const panel = scratch;                  // [depth][kPoints]
-  Vec<L>* const out = scratch + depth * kPoints;  // [size][kPoints]
-  for (int64_t p0 = 0; p0 < pixels; p0 += kPoints) {
-    const int64_t points = pixels - p0 < kPoints ? pixels - p0 : kPoints;
+  Vec<L>* const panel = scratch;                     // [depth][kPoints<L>]
+  Vec<L>* const out = scratch + depth * kPoints<L>;  // [size][kPoints<L>]
+  for (int64_t p0 = 0; p0 < pixels; p0 += kPoints<L>) {
+    const int64_t points = pixels - p0 < kPoints<L> ? pixels - p0 : kPoints<L>;
     for (int64_t p = 0; p < points; ++p) {
       const int64_t y0 = (p0 + p) / taps.wide * taps.fy + taps.by, x0 = (p0 + p) % taps.wide * taps.fx + taps.bx;
       for (int64_t t = 0; t < taps.count; ++t) {
         const int64_t y = y0 + taps.dy[t], xx = x0 + taps.dx[t];
         const bool there = y >= 0 && y < x.h && xx >= 0 && xx < x.w;
-        Vec<L>* const to = panel + t * kPoints + p;
+        Vec<L>* const to = panel + t * kPoints<L> + p;
         for (int64_t c = 0; c < x.c; ++c)
-          to[c * taps.count * kPoints] = there ? x.at[(c * x.h + y) * x.w + xx] : Vec<L>{};
+          to[c * taps.count * kPoints<L>] = there ? x.at[(c * x.h + y) * x.w + xx] : Vec<L>{};
       }
     }
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t first = blocks.first(b), size = blocks.first(b + 1) - first;
-      product<L>(size, points, depth, w + depth * first, panel, kPoints, out, kPoints);
+      product<L>(size, points, depth, w + depth * first, panel, kPoints<L>, out, kPoints<L>);
       for (int64_t i = 0; i < size; ++i)
         for (int64_t p = 0; p < points; ++p) {
           const int64_t y = (p0 + p) / taps.wide * taps.uy + taps.oy, xx = (p0 + p) % taps.wide * taps.ux + taps.ox;
-          sink.put((first + i) * taps.area + y * taps.row + xx, out[i * kPoints + p] + (bias ? bias[first + i] : 0.f));
+          sink.put((first + i) * taps.area + y * taps.row + xx,
+                   out[i * kPoints<L> + p] + (bias ? bias[first + i] : 0.f));
         }
     }
   }
@@ -205,9 +266,9 @@ void direct(const Map<L>& x, const Taps& taps, const float* w, const float* bias
 
 template <int L>
 void conv_forward(const ChainRecord& r, const float* packed, const float* bias, const Vec<L>* in, const Sink<L>& sink,
-                  Vec<L>* scratch) {
+                  Vec<L>* scratch, Gate* seen, Gate* live) {
   const Map<L> x{in, r.c, r.h, r.w};
-  if (r.winograd) return winograd<L>(x, r.ph, r.pw, packed, bias, r.oc, r.oh, r.ow, sink, scratch);
+  if (r.winograd) return winograd<L>(x, r.ph, r.pw, packed, bias, r.oc, r.oh, r.ow, sink, scratch, seen, live);
   Taps taps{r.kh * r.kw, {}, {}, r.oh, r.ow, r.sh, r.sw, -r.ph, -r.pw, 1, 1, 0, 0, r.ow, r.oh * r.ow};
   for (int64_t t = 0; t < taps.count; ++t) taps.dy[t] = t / r.kw, taps.dx[t] = t % r.kw;
   direct<L>(x, taps, packed, bias, r.oc, sink, scratch);
@@ -215,9 +276,9 @@ void conv_forward(const ChainRecord& r, const float* packed, const float* bias, 
 
 template <int L>
 void conv_backward(const ChainRecord& r, const float* packed, const Vec<L>* cotangent, const Sink<L>& sink,
-                   Vec<L>* scratch) {
+                   Vec<L>* scratch, Gate* seen, Gate* live) {
   const Map<L> z{cotangent, r.oc, r.oh, r.ow};
-  if (r.winograd) return winograd<L>(z, 2 - r.ph, 2 - r.pw, packed, nullptr, r.c, r.h, r.w, sink, scratch);
+  if (r.winograd) return winograd<L>(z, 2 - r.ph, 2 - r.pw, packed, nullptr, r.c, r.h, r.w, sink, scratch, seen, live);
   // Input y gets z at (y + ph - tap) / sh: for the class i = (y + ph) % sh at Y - m, Y = (y + ph - i) / sh, m = 0, 1,
   // ...
   for (int64_t i = 0; i < r.sh; ++i)

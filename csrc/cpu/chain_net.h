@@ -16,32 +16,35 @@ struct Carve {
   }
 };
 
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Vectors of scratch that a record's convolutions need.
+// Vectors of scratch that a record's convolutions need, of the widest; it is enough for the others.
 inline int64_t scratch_of(const ChainRecord& r) {
+  constexpr int L = kMostLanes;
+  static_assert(kPoints<1> <= kPoints<L> * L, "a single image needs no more than the widest vectors");
   if (r.kind != ChainKind::conv) return 0;
-  if (r.winograd) return winograd_scratch(most(r.c, r.oc));
+  if (r.winograd) return winograd_scratch<L>(most(r.c, r.oc));
   const int64_t taps_back = taps_of(r.kh, r.sh, 0) * taps_of(r.kw, r.sw, 0);
-  return most(direct_scratch(r.c, r.kh * r.kw), direct_scratch(r.oc, taps_back));
+  return most(direct_scratch<L>(r.c, r.kh * r.kw), direct_scratch<L>(r.oc, taps_back));
 }
 
 // What the networks of an attack share, since one works after the other: two maps of activations, from one to the other
-// and back, and scratch. All sizes are those of the widest vectors, so that a thread may go on with narrower ones when
-// it has fewer images left.
+// and back, scratch, and bits of pixels. All sizes are those of the widest vectors, so that a thread may go on with
+// narrower ones when it has fewer images left.
 struct Room {
   float *map[2], *scratch;
+  Gate* pixels[2];
   Room(const ChainPlan& one, const ChainPlan& other, Carve& memory) {
-    int64_t units = one.inputs(), vectors = 0;
+    int64_t units = one.inputs(), vectors = 0, area = 0;
     const auto fit = [&](const ChainPlan& plan) {
       for (int64_t i = 0; i < plan.records; ++i) {
         units = most(units, plan.record[i].outputs());
         vectors = most(vectors, scratch_of(plan.record[i]));
+        area = most(area, most(plan.record[i].h * plan.record[i].w, plan.record[i].oh * plan.record[i].ow));
       }
     };
     fit(one);
     fit(other);
     for (float*& m : map) m = memory.take<float>(units * kMostLanes);
+    for (Gate*& p : pixels) p = memory.take<Gate>(area);
     scratch = memory.take<float>(vectors * kMostLanes);
   }
 };
@@ -56,7 +59,10 @@ class Net {
       if (r.activation != ChainActivation::none) gates += r.outputs();
       if (r.kind == ChainKind::max_pool) choices += r.outputs();
     }
-    for (int k = 0; k < 2; ++k) map_[k] = reinterpret_cast<Vec<L>*>(room.map[k]);
+    for (int k = 0; k < 2; ++k) {
+      map_[k] = reinterpret_cast<Vec<L>*>(room.map[k]);
+      pixels_[k] = room.pixels[k];
+    }
     scratch_ = reinterpret_cast<Vec<L>*>(room.scratch);
     gates_ = memory.take<Gate>(gates);
     choices_ = reinterpret_cast<Choice*>(memory.take<int32_t>(choices * kMostLanes));
@@ -78,7 +84,7 @@ class Net {
       const float *const weights = packed_ + at.forward, *const bias = packed_ + at.bias;
       switch (r.kind) {
         case ChainKind::conv:
-          conv_forward<L>(r, weights, bias, in, sink, scratch_);
+          conv_forward<L>(r, weights, bias, in, sink, scratch_, pixels_[0], pixels_[1]);
           break;
         case ChainKind::linear:
           linear<L>(r.c, r.oc, weights, bias, in, sink);
@@ -135,7 +141,7 @@ class Net {
       }
       switch (r.kind) {
         case ChainKind::conv:
-          conv_backward<L>(r, packed_ + at.backward, cotangent, sink, scratch_);
+          conv_backward<L>(r, packed_ + at.backward, cotangent, sink, scratch_, pixels_[0], pixels_[1]);
           break;
         case ChainKind::linear:
           linear<L>(r.oc, r.c, packed_ + at.backward, nullptr, cotangent, sink);
@@ -238,7 +244,7 @@ class Net {
   const float* packed_;
   Vec<L>* map_[2];
   Vec<L>* scratch_;
-  Gate* gates_;
+  Gate *pixels_[2], *gates_;
   Choice* choices_;
 };
 

@@ -197,6 +197,26 @@ def test_winograd_rounds_little_worse_than_pytorch():
     assert (ops.chain_gradient(x, *made.net, cotangent) - truth).norm() <= 4 * (plain - truth).norm() + 1e-5 * truth.norm()
 
 
+@pytest.mark.parametrize("isa_level", ISAS)
+def test_zeros_stay_zeros(isa_level):
+    """Where a direct sum has nothing but zeros to add, Winograd's rounding error must not appear: sign(0) = 0 moves no pixel."""
+    made = Builder((1, 20, 20), seed=4)
+    for width in (3, 2):
+        made.add("conv", width, (3, 3), activation="relu", winograd=1, pad=(1, 1))
+        made.values[-1] *= 0  # no bias: black stays black
+    made.add("linear", 10)
+    x = images(made, 9)
+    x[:, :, :, 11:] = 0
+    cotangent = torch.randn(9, 1, 10, generator=generator(1))
+    with level(isa_level):
+        outputs, gradient = ops.chain_forward(x, *made.net, [0, 1]), ops.chain_gradient(x, *made.net, cotangent)
+    exact = reference.chain_gradient(x.double(), *made.exact, cotangent.double())
+    assert 0.1 < (exact == 0).float().mean() < 0.9
+    assert torch.equal(gradient == 0, exact == 0)
+    for got, truth in zip(outputs, reference.chain_forward(x.double(), *made.exact, [0, 1]), strict=True):
+        assert torch.equal(got == 0, truth == 0)
+
+
 def test_gradient_rows_are_the_jacobian():
     made = student()
     x = images(made, 3)

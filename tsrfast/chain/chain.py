@@ -16,7 +16,7 @@ from tsrfast.errors import InputError, UnsupportedModel
 from tsrfast.ops.chain import ACTIVATIONS, FIELDS, KINDS, chain_forward, chain_gradient, chain_pack
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# A module -> its chain of the last image shape. By identity: a module may define __eq__ or not be hashable.
+# A module -> its chain of the last image shape. By identity: a module may define __eq__.
 _automatic: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -73,7 +73,11 @@ class Chain:
         self._set(self._trace())
 
     def stale(self) -> bool:
-        """Whether the network is no longer what it was at the last `refresh`, parameters compared bit by bit."""
+        """Whether the network is no longer what it was at the last `refresh`, parameters compared bit by bit.
+
+        Raises:
+            InputError: the network no longer exists.
+        """
         try:
             return not _same(self._steps, self._trace())
         except UnsupportedModel:

@@ -120,7 +120,7 @@ def leaky_relu(t: Trace, x: Tensor, negative_slope: float = 0.01, inplace: bool 
 def _pool(t: Trace, kind: str, kernel: Pair, stride: Pair | None, padding: Pair, ceil_mode: bool, count_pad: bool) -> Tensor:
     channels, height, width = _image(t)
     k, p = _pair(kernel), _pair(padding)
-    s = k if stride is None or stride == [] or stride == () else _pair(stride)
+    s = k if stride is None else _pair(stride)
     if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
         t.refuse(f"padding must be at most half of the kernel {k}, got {p}")
     out_h = _extent(t, height, k[0], s[0], p[0], ceil_mode)

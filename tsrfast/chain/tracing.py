@@ -3,7 +3,7 @@
 The value is a `torch.Tensor` by type, shape, dtype and device, so whatever a `forward` asks about its input has the true answer.
 Every function that meets it arrives in `_Value.__torch_function__`, and what is not in `HANDLERS` is refused: nothing can be done to it
 unseen, reading its numbers included. Not `torch.fx`: while that traces, the module calls of every thread of the process go through it;
-and it takes milliseconds. This takes a tenth of one, so that whoever must know what a network is now traces it again.
+and it takes milliseconds. This takes a quarter of one, so that whoever must know what a network is now traces it again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ Shape = tuple[int, int, int]
 Handlers = Mapping[Callable[..., Any], Callable[..., Any]]
 
 BATCHES = 61, 4093  # images in a trace: a network must not depend on their number
-_NAN = torch.full(
-    (1,), torch.nan, dtype=torch.float32, device="cpu"
-)  # what is behind a value: should anything get at it, it does not stay unnoticed
+# What is behind a value: should anything get at it all the same, it does not stay unnoticed.
+_NAN = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
 _LOCK = threading.RLock()  # while modules are switched to eval mode and back
 
 
@@ -195,7 +194,7 @@ def run_trace(model: nn.Module, image: tuple[int, ...], handlers: Handlers, batc
     Raises:
         UnsupportedModel: naming the module and why.
     """
-    with _LOCK, torch.inference_mode(False), torch.enable_grad():
+    with _LOCK, torch.enable_grad():
         return Trace(model, image, handlers, batch).run()
 
 
