@@ -22,6 +22,7 @@ from tsrfast.attacks import (
     OracleL2,
     OracleMargin,
     OracleMaxDifference,
+    native,
 )
 from tsrfast.errors import InputError
 from tsrfast.nets import ConvReLU
@@ -34,7 +35,7 @@ BOTH = pytest.mark.parametrize("engine", ["chain", "eager"])
 IMAGE = (3, 10, 10)
 
 
-# Wide: in a narrow network a pixel may see closed gates only. Its gradient is 0, in native code 0 up to rounding, which has a sign.
+# Wide: in a narrow network whole channels may be dead, and little is left to compare.
 def net(seed=0, widths=(24, 20), image=IMAGE):
     return ConvReLU(widths, image=image, seed=seed).eval()
 
@@ -234,6 +235,18 @@ def test_empty_batch_and_single_image(engine, norm):
     assert [len(v) for v in (result.success, result.loss, result.queries, result.bad_gradients)] == [0] * 4
     assert result.path == engine
     assert PGD(norm=norm, engine=engine)(model, x, y).shape == x.shape
+
+
+def test_pieces_change_no_bit(monkeypatch):
+    x, y = batch(23)
+    eps = torch.linspace(0, 0.1, 23)
+    attack = PGD(eps=eps, step_size=eps / 4, steps=3, engine="chain", restarts=2, loss="margin")
+    whole = attack.run(net(), x, y)
+    monkeypatch.setattr(native, "PIECE", 7)
+    pieces = attack.run(net(), x.to(memory_format=torch.channels_last), y)
+    for name in ("x_adv", "success", "loss", "queries", "bad_gradients"):
+        assert torch.equal(getattr(pieces, name), getattr(whole, name))
+    assert pieces.x_adv.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_many_small_images():

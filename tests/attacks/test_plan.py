@@ -71,6 +71,14 @@ def test_eager_and_why(attack, model, x, reason):
         assert attack.run(model, x, Y).path == "eager"
 
 
+def test_wide_linear_layers_are_left_to_pytorch():
+    wide, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 6000), nn.ReLU(), nn.Linear(6000, 10)), X
+    assert re.search("wide linear layers", PGD().plan(wide, x).reason)
+    assert PGD(engine="chain").plan(wide, x).path == "chain"
+    assert PGD().plan(tsrfast.compile(wide, IMAGE), x).path == "chain"
+    assert PGD().plan(nn.Sequential(nn.Flatten(), nn.Linear(192, 100), nn.ReLU(), nn.Linear(100, 10)), x).path == "chain"
+
+
 def test_autocast_keeps_pytorch():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert re.match("model does not compile: .*autocast", PGD().plan(net(), X).reason)

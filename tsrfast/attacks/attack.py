@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsrfast.attacks import eager, native
-from tsrfast.attacks.loop import Attempt, Best, Recipe, evaluating, run_loop, undisturbed
+from tsrfast.attacks.loop import Attempt, Best, Recipe, evaluating, own_copy, run_loop, undisturbed
 from tsrfast.attacks.native import Route
 from tsrfast.chain import Chain
 from tsrfast.errors import InputError
@@ -99,21 +99,18 @@ class Attack:
                 f"tsrfast.attacks: step_size must be a number or of shape ({len(x)},), got {tuple(recipe.step_size.shape)}"
             )
         with undisturbed(x.device):
-            # Copies: dense, outside any graph, and free of inference mode.
-            x0 = x.detach().clone(memory_format=torch.preserve_format)
-            if not torch.ops.aten.is_non_overlapping_and_dense(x0) or (len(x0) > 1 and x0.stride(0) != x0[0].numel()):
-                x0 = x0.contiguous()
+            # Copies: free of inference mode.
             y = None if y is None else y.clone()
-            index = torch.arange(len(x0), device=x0.device) if index is None else index.contiguous()
-            route, chains = native.choose(recipe, model, x0)
-            if not x0.numel():
-                none = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-                got = Attempt(Best.unjudged(x0), none, none.clone())
+            index = torch.arange(len(x), device=x.device) if index is None else index.clone()
+            route, chains = native.choose(recipe, model, x)
+            if not x.numel():
+                none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+                got = Attempt(Best.unjudged(own_copy(x)), none, none.clone())
             elif chains is None:
                 with evaluating(*(m for m in (model, *recipe.loss.models()) if isinstance(m, nn.Module))):
-                    got = run_loop(partial(eager.attempt, model, recipe), recipe, x0, y, index, judge)
+                    got = run_loop(partial(eager.attempt, model, recipe), recipe, own_copy(x), y, index, judge)
             else:
-                got = run_loop(partial(native.attempt, chains, recipe), recipe, x0, y, index, judge)
+                got = native.run(chains, recipe, x, y, index, judge)
         best = got.best
         return AttackResult(
             best.x, best.adversarial, best.loss, recipe.steps * recipe.restarts, got.queries, got.bad, route.path

@@ -69,8 +69,8 @@ class Batch:
             select(self.x0, rows),
             None if self.y is None else self.y[rows],
             self.index[rows],
-            dataclasses.replace(self.threat, eps=_of_image(self.threat.eps, rows)),
-            _of_image(self.step_size, rows),
+            dataclasses.replace(self.threat, eps=of_image(self.threat.eps, rows)),
+            of_image(self.step_size, rows),
         )
 
 
@@ -80,7 +80,15 @@ def select(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _of_image(value: float | Tensor, rows: Tensor) -> float | Tensor:
+def own_copy(x: Tensor) -> Tensor:
+    """The same images: dense, each in one block of memory, outside any graph, and free of inference mode."""
+    x0 = x.detach().clone(memory_format=torch.preserve_format)
+    if not torch.ops.aten.is_non_overlapping_and_dense(x0) or (len(x0) > 1 and x0.stride(0) != x0[0].numel()):
+        x0 = x0.contiguous()
+    return x0
+
+
+def of_image(value: float | Tensor, rows: Tensor) -> float | Tensor:
     return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 

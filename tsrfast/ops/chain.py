@@ -99,7 +99,7 @@ def _workspace(plan: Tensor, teacher: Tensor | None = None) -> Tensor:
     """Memory for each thread; its size does not depend on the number of images."""
     other = (_address(teacher), 0 if teacher is None else len(teacher))
     each = _native._C.cpu.chain_workspace(plan.data_ptr(), len(plan), *other)
-    return torch.empty(each * torch.get_num_threads(), dtype=torch.uint8)
+    return torch.empty(each * torch.get_num_threads(), dtype=torch.uint8, device="cpu")
 
 
 def _pack(plan: Tensor, weights: Tensor) -> Tensor:
@@ -198,8 +198,8 @@ def _pgd(
             bad_label = labels[(labels < 0) | (labels >= classes)][0].item()
             raise InputError(f"tsrfast.{op}: labels must be in 0..{classes - 1}, got {bad_label}")
     x = torch.empty_like(x0)
-    value, adversarial = x0.new_empty(n), torch.empty(n, dtype=torch.bool)
-    bad, queries = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
+    value, adversarial = x0.new_empty(n), x0.new_empty(n, dtype=torch.bool)
+    bad, queries = (x0.new_empty(n, dtype=torch.int64) for _ in range(2))
     iterates = x0.new_empty((steps + 1, *x0.shape) if keep_iterates else 0)
     if x0.numel():
         workspace = _workspace(plan, teacher_plan)
