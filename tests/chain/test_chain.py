@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import tsrfast
 from tsrfast import UnsupportedModel
-from tsrfast.chain import automatic
+from tsrfast.chain import automatic, logits
 from tsrfast.chain import chain as chain_module
 from tsrfast.errors import InputError
 from tsrfast.nets import ConvReLU
@@ -84,7 +85,8 @@ def test_inputs_are_taken_as_they_are(layout):
     elif layout == "read-only":
         array = x.numpy().copy()
         array.flags.writeable = False
-        with pytest.warns(UserWarning, match="not writable"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of such arrays, once
             given = torch.from_numpy(array)
     elif layout == "leaf":
         given = x.clone().requires_grad_()
@@ -326,3 +328,19 @@ def test_tracing_leaves_other_threads_alone():
     stop.set()
     threads[0].join()
     assert not failed
+
+
+def test_logits_of_any_network():
+    """Through the chain where there is one; in eval mode, without graph, with the modes left alone."""
+    model, x = net().train(), images()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double().eval()(x.double())
+    got = logits(model, x)
+    assert torch.equal(got, tsrfast.compile(model)(x))
+    assert float((got - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
+    assert model.training
+    assert not got.requires_grad
+    other = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 4), nn.Dropout(), nn.Tanh()).train()
+    assert torch.equal(logits(other, x), copy.deepcopy(other).eval()(x).detach())
+    assert other[2].training
+    assert logits(copy.deepcopy(model).double(), x.double()).dtype == torch.float64

@@ -133,9 +133,16 @@ def as_input(chain, x):
     )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+def relative(got, want, tolerance):
+    """Of the batch's largest value: one image's logit alone may be small by cancellation."""
+    error, size = float((got.double() - want).abs().max()), float(want.abs().max())
+    assert error <= tolerance * size + 1e-12, error / size
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(networks(), st.integers(0, 2**31))
 def test_plan_is_the_network(network, seed):
+    """The plan in float64, and the engine in float32: logits and gradient to 1e-5 of the largest."""
     model, image = network
     chain = tsrfast.compile(model, image)
     x = torch.rand(3, *image, generator=torch.Generator().manual_seed(seed))
@@ -146,8 +153,8 @@ def test_plan_is_the_network(network, seed):
     near(plain.chain_forward(x64, chain.plan, chain.weights, [len(chain.plan) - 1])[0].flatten(1), logits, 3e-6)
     carried = plain.chain_gradient(x64, chain.plan, chain.weights, cotangent.double()[:, None])
     near(carried.reshape(x.shape), gradient, 3e-6)
-    near(chain(x), logits, 3e-5)
-    near(chain.input_gradient(x, cotangent), gradient, 3e-5)
+    relative(chain(x), logits, 1e-5)
+    relative(chain.input_gradient(x, cotangent), gradient, 1e-5)
 
 
 class Functional(nn.Module):

@@ -62,6 +62,24 @@ def test_forward_is_conv_relu_norm_head(batch_norm: bool, mode: str) -> None:
     torch.testing.assert_close(model.activations(x), wanted)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_features_without_gradients_are_the_same(batch_norm: bool) -> None:
+    """Through the compiled chain: equal up to float32 rounding; with gradients, or hooks that must see it, through PyTorch."""
+    net = ConvReLU((6, 5, 7), image=(3, 12, 11), batch_norm=batch_norm, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2)).eval()
+    x = torch.rand(4, 3, 12, 11)
+    logits, kept = net.features(x)
+    assert logits.requires_grad
+    with torch.no_grad():
+        quick_logits, quick = net.features(x)
+        assert not torch.equal(quick_logits, logits)  # other sums
+        for a, b in zip([quick_logits, *quick], [logits, *kept], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        seen = []
+        net.convs[1].register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(net.features(x)[0], logits)
+        assert seen
+
+
 def test_memory_format_does_not_change_the_flatten_order() -> None:
     model = ConvReLU(**SMALL)
     x = torch.rand(3, 2, 8, 7, generator=torch.Generator().manual_seed(1))

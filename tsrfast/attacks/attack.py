@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tsrfast._modes import evaluating
 from tsrfast.attacks import eager, native
-from tsrfast.attacks.loop import Attempt, Best, Recipe, evaluating, own_copy, run_loop, undisturbed
+from tsrfast.attacks.loop import Attempt, Best, Recipe, own_copy, run_loop, undisturbed
 from tsrfast.attacks.native import Route
 from tsrfast.chain import Chain
 from tsrfast.errors import InputError

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.starts import random_start
@@ -148,19 +148,6 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], device)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the mode it had."""
-    modules = {m: m.training for model in models for m in model.modules()}
-    try:
-        for m in modules:
-            m.training = False
-        yield
-    finally:
-        for m, training in modules.items():
-            m.training = training
 
 
 def check_labels(y: Tensor | None, classes: int) -> None:

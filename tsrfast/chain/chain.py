@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tsrfast._modes import evaluating
 from tsrfast.chain.folding import build
 from tsrfast.chain.handlers import HANDLERS
 from tsrfast.chain.tracing import BATCHES, Step, run_trace
@@ -248,3 +249,20 @@ def automatic(model: nn.Module, image: tuple[int, ...]) -> Chain:
         chain = Chain(weakref.ref(model), image, winograd=True)
         _automatic[model] = chain
     return chain
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """What `model` says of x in eval mode, without gradient: through its chain where there is one, else through PyTorch.
+
+    Args:
+        model: any network; left in the modes it has.
+        x: images as the model takes them, on its device.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        try:
+            return automatic(model, tuple(x.shape[1:]))(x)
+        except UnsupportedModel:
+            pass
+    with evaluating(model), torch.no_grad():
+        out: Tensor = model(x)
+        return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from tsrfast.errors import InputError, unknown
+from tsrfast.chain import automatic
+from tsrfast.errors import InputError, UnsupportedModel, unknown
 
 KERNEL = 3
 _CONFIG = ("widths", "batch_norm", "image", "classes", "mean", "std")
@@ -128,8 +130,16 @@ class ConvReLU(nn.Module):
         return self.head(h.flatten(1))
 
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits [N, classes] and the activations (as `activations`) of one pass."""
+        """Logits [N, classes] and the activations (as `activations`) of one pass.
+
+        Through the net's compiled chain where there is one, in eval mode, and nothing asks for gradients.
+        """
         h, kept = self._input(x), []
+        if not (self.training or torch.is_grad_enabled()) and x.dtype == torch.float32 and x.device.type == "cpu":
+            with suppress(UnsupportedModel):
+                # Its records are the convolutions with their ReLUs, and the head: the rest is folded into the weights.
+                *kept, logits = automatic(self, self.image).activations(x)
+                return logits, kept
         for conv, norm in zip(self.convs, self.norms, strict=True):
             kept.append(F.relu(conv(h)))
             h = norm(kept[-1])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tsrfast._modes import evaluating
 from tsrfast.errors import InputError
 from tsrfast.ops.channel_correlation import CorrelationState, channel_correlation, merge
 
@@ -106,18 +105,6 @@ class HasActivations(Protocol):
         ...
 
 
-@contextmanager
-def _eval_mode(net: object) -> Iterator[None]:
-    modes = [(m, m.training) for m in net.modules()] if isinstance(net, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def correlate(
     student: HasActivations, teacher: HasActivations, images: Tensor, batch_size: int = 256
 ) -> list[NormalizedCorrelation]:
@@ -142,9 +129,7 @@ def correlate(
     parameter = next(student.parameters(), None) if isinstance(student, nn.Module) else None
     device = images.device if parameter is None else parameter.device
     layers: list[ChannelCorrelation] = []
-    with torch.no_grad(), ExitStack() as modes:
-        modes.enter_context(_eval_mode(student))
-        modes.enter_context(_eval_mode(teacher))
+    with torch.no_grad(), evaluating(*(net for net in (student, teacher) if isinstance(net, nn.Module))):
         for batch in images.split(batch_size):
             x = batch.to(device)
             x = x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tsrfast._files import atomic_write
 from tsrfast.attacks import PGD, CrossEntropy, Loss, OracleCrossEntropy, OracleKL, OracleL2, OracleMargin
+from tsrfast.chain import logits
 from tsrfast.data import Split
 from tsrfast.data.augment import Augment
 from tsrfast.nets import (
@@ -255,14 +256,12 @@ def load_basis(folder: Path) -> PatchBasis:
 
 def _test_accuracy(lab: Lab, model: nn.Module) -> float:
     """Accuracy in % on the test set's labels; the model's mode is left as it was."""
-    test, right, training = lab.data.test, 0, model.training
-    model.to(lab.device).eval()
-    with torch.no_grad():
-        for at in range(0, len(test), 500):
-            index = slice(at, at + 500)
-            x = test.pixels(index).to(lab.device).contiguous(memory_format=torch.channels_last)
-            right += int((model(x).argmax(1).cpu() == test.labels[index]).sum())
-    model.train(training)
+    test, right = lab.data.test, 0
+    model.to(lab.device)
+    for at in range(0, len(test), 500):
+        index = slice(at, at + 500)
+        x = test.pixels(index).to(lab.device).contiguous(memory_format=torch.channels_last)
+        right += int((logits(model, x).argmax(1).cpu() == test.labels[index]).sum())
     return 100 * right / len(test)
 
 

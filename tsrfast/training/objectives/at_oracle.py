@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsrfast.training.modes import evaluating
+from tsrfast._modes import evaluating
 from tsrfast.training.objectives.protocol import teacher_logits
 
 

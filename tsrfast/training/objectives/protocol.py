@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from tsrfast.training.modes import evaluating
+from tsrfast.chain import logits
 
 
 class Objective(Protocol):
@@ -31,5 +30,4 @@ class Objective(Protocol):
 
 def teacher_logits(teacher: nn.Module, images: Tensor) -> Tensor:
     """t(x) [N, classes] in eval mode, without gradient; the teacher's modes are left as they were."""
-    with evaluating(teacher), torch.no_grad():
-        return teacher(images)
+    return logits(teacher, images)
