@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import tsrfast
 from tsrfast import UnsupportedModel
-from tsrfast.chain import automatic, logits
+from tsrfast.chain import Differentiable, automatic, logits
 from tsrfast.chain import chain as chain_module
 from tsrfast.errors import InputError
 from tsrfast.nets import ConvReLU
@@ -344,3 +344,17 @@ def test_logits_of_any_network():
     assert torch.equal(logits(other, x), copy.deepcopy(other).eval()(x).detach())
     assert other[2].training
     assert logits(copy.deepcopy(model).double(), x.double()).dtype == torch.float64
+
+
+def test_differentiable():
+    """A loss in PyTorch, the network in native code: the gradient is the network's own, and only once."""
+    model, x = net().eval(), images().requires_grad_()
+    through = Differentiable(tsrfast.compile(model))
+    got = torch.autograd.grad(F.cross_entropy(through(x), torch.tensor([0, 1, 2])), x)[0]
+    exact = x.detach().double().requires_grad_()
+    want = torch.autograd.grad(F.cross_entropy(double(model)(exact), torch.tensor([0, 1, 2])), exact)[0]
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert not through(x.detach()).requires_grad
+    (g,) = torch.autograd.grad(through(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        g.sum().backward()
