@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -172,9 +173,14 @@ def _said(x: object) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
+def _structure(steps: list[Step]) -> list[tuple[object, ...]]:
+    """Everything but the tensors."""
+    return [s[:-1] for s in steps]
+
+
 def _same(kept: list[Step], now: list[Step]) -> bool:
     """The same operations with the same numbers, bit by bit (a NaN is equal to itself)."""
-    if [s[:-1] for s in kept] != [s[:-1] for s in now]:
+    if _structure(kept) != _structure(now):
         return False
     pairs = ((a, b) for k, n in zip(kept, now, strict=True) for a, b in zip(k.tensors, n.tensors, strict=True))
     with torch.no_grad():
@@ -245,9 +251,17 @@ def automatic(model: nn.Module, image: tuple[int, ...]) -> Chain:
         UnsupportedModel: the model, as it is now, cannot be compiled.
     """
     chain: Chain | None = _automatic.get(model)
-    if chain is None or chain.image != image or chain.stale():
-        chain = Chain(weakref.ref(model), image, winograd=True)
-        _automatic[model] = chain
+    if chain is not None and chain.image == image:
+        steps = chain._trace()
+        if _same(chain._steps, steps):
+            return chain
+        if _structure(chain._steps) == _structure(steps):  # other numbers only, as in every step of training
+            chain = copy.copy(chain)
+            chain._set(steps)
+            _automatic[model] = chain
+            return chain
+    chain = Chain(weakref.ref(model), image, winograd=True)
+    _automatic[model] = chain
     return chain
 
 
