@@ -21,6 +21,25 @@ def test_attack_example(capsys):
     assert re.fullmatch(r"\d+\.\d% fooled\n", capsys.readouterr().out)
 
 
+def test_examples_of_compiled_networks(capsys):
+    attack, plan, chain = (c for c in EXAMPLES if "attack" in c or "tsrfast.compile" in c)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 28 * 28, 10))
+    x = torch.rand(2, 3, 32, 32)
+    names = {"model": model, "x": x, "y": torch.zeros(2, dtype=torch.int64), "v": torch.ones(2, 10)}
+    exec(attack, names)
+    capsys.readouterr()
+    exec(plan, names)
+    (shown,) = re.findall(r"plan\(model, x\)\)  # (.*)", plan)
+    assert capsys.readouterr().out.strip() == shown
+    exec(chain, names)
+    torch.testing.assert_close(names["logits"], model(x), rtol=1e-4, atol=1e-5)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf).sum(), leaf)
+    torch.testing.assert_close(names["g"], gradient, rtol=1e-3, atol=1e-6)
+    assert names["rows"].shape == (2, 10, *names["hidden"][0].shape[1:])
+
+
 def test_specialization_example(capsys):
     (code,) = (c for c in EXAMPLES if "tsrfast.specialization" in c)
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
