@@ -3,7 +3,8 @@
 `compile` turns a small ReLU network into a `Chain` that native code runs; `UnsupportedModel` says why it could not.
 
 Sub-packages: `attacks`, `chain`, `specialization`, `ops` (the native kernels), `reference` (the same in plain PyTorch), `nets`,
-`data`, `training`, `suite`. All of it is imported on first use: ``import tsrfast`` pulls in torch and numpy only.
+`data`, `training`, `suite`, `compat` (drop-ins for other attack libraries). All of it is imported on first use: ``import tsrfast``
+pulls in torch and numpy only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ import numpy as np  # noqa: F401  (torch's interchange with NumPy needs it loade
 import torch  # noqa: F401  (before tsrfast._C, always: then OpenMP is torch's own libgomp)
 
 __version__ = version("tsrfast")
-_SUBPACKAGES = ("attacks", "chain", "data", "errors", "nets", "ops", "reference", "specialization", "suite", "training")
+_SUBPACKAGES = (
+    "attacks",
+    "chain",
+    "compat",
+    "data",
+    "errors",
+    "nets",
+    "ops",
+    "reference",
+    "specialization",
+    "suite",
+    "training",
+)
 _NAMES = {"Chain": "chain", "UnsupportedModel": "errors", "compile": "chain"}
 __all__ = ["Chain", "UnsupportedModel", "__version__", "compile", *_SUBPACKAGES]
 
