@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from tsrfast._modes import evaluating
 from tsrfast.attacks import eager, native
 from tsrfast.attacks.loop import Attempt, Best, Recipe, own_copy, run_loop, undisturbed
+from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.native import Route
+from tsrfast.attacks.threat import Threat
 from tsrfast.chain import Chain
 from tsrfast.errors import InputError
 
@@ -39,11 +42,64 @@ class AttackResult:
     path: str
 
 
-class Attack:
-    """An attack is a value: its fields say everything, calling it changes nothing but the tensor it returns."""
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What an attack demands of a call, whatever its method.
 
-    def _recipe(self) -> Recipe:
-        raise TypeError(f"{type(self).__name__} must define _recipe()")
+    Attributes:
+        threat: the box that images must be in, and the radius, of which there may be one an image.
+        loss: says whether labels are needed, and which networks there are besides the model; None: an objective of the attack's own,
+            on labels.
+        targeted: `y` are targets.
+        steps: what `AttackResult.steps` reports.
+        engine: ``auto``, ``chain`` or ``eager``.
+        sizes: other values by name, of which there may be one an image.
+    """
+
+    threat: Threat
+    loss: Loss | None
+    targeted: bool
+    steps: int
+    engine: str
+    sizes: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        native.check_engine(self.engine)
+
+
+# From clean images (any strides, in or out of a graph), labels, the images' numbers, and whether loss and success are wanted.
+Method = Callable[[Tensor, Tensor | None, Tensor, bool], Attempt]
+
+
+class Attack:
+    """An attack is a value: its fields say everything, calling it changes nothing but the tensor it returns.
+
+    A new attack defines `_terms` and `_attack`; one that is a choice of threat, loss and start for the loop of `loop.py` derives from
+    `LoopAttack` and defines `_recipe`.
+    """
+
+    def _terms(self) -> Terms:
+        raise TypeError(f"{type(self).__name__} must define _terms()")
+
+    def _attack(self, network: nn.Module, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
+        """Attack at least one image. Everything is checked but what only the logits tell (`loop.check_logits`, `loop.check_labels`).
+
+        Args:
+            network: from images to logits, differentiable, in eval mode: the model, or its chain as a module.
+            x0: clean images, dense, a copy.
+            y, index: int64 ``[N]``; y may be None only where the loss needs none.
+            judge: whether loss and success of the returned images are wanted (else NaN and False will do).
+        """
+        raise TypeError(f"{type(self).__name__} must define _attack(network, x0, y, index, judge)")
+
+    def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
+        """The route of a call, and what it runs."""
+        network, route = native.callable_network(model, x, self._terms().engine)
+
+        def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
+            return self._attack(network, own_copy(x), y, index, judge)
+
+        return route, method
 
     def __call__(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Adversarial images for `x`.
@@ -82,40 +138,63 @@ class Attack:
             InputError: the chain's path cannot be taken, but must be: ``engine="chain"``, or a network is a `Chain`. `x` is None, and
                 nothing says what images the network takes.
         """
-        recipe = self._recipe()
         with undisturbed(torch.device("cpu") if x is None else x.device):
-            return native.choose(recipe, model, x)[0]
+            return self._method(model, x)[0]
 
     def _run(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None, index: Tensor | None, judge: bool) -> AttackResult:
-        recipe = self._recipe()
-        recipe.threat.check_images(x)
-        if recipe.loss.needs_labels and y is None:
-            raise InputError(f"tsrfast.attacks: y is needed by loss {recipe.loss.name!r}")
-        if recipe.targeted and not recipe.loss.needs_labels:
-            raise InputError(f"tsrfast.attacks: targeted needs a loss with labels, got {recipe.loss.name!r}")
+        terms = self._terms()
+        terms.threat.check_images(x)
+        others: tuple[nn.Module | Chain, ...] = ()
+        sizes = dict(terms.sizes)
+        if terms.loss is not None:
+            others = terms.loss.models()
+            sizes.update(terms.loss.per_image())
+            if terms.targeted and not terms.loss.needs_labels:
+                raise InputError(f"tsrfast.attacks: targeted needs a loss with labels, got {terms.loss.name!r}")
+        if y is None and (terms.loss is None or terms.loss.needs_labels):
+            who = type(self).__name__ if terms.loss is None else f"loss {terms.loss.name!r}"
+            raise InputError(f"tsrfast.attacks: y is needed by {who}")
         y = _check_integers("y", y, x)
         index = _check_integers("index", index, x)
-        if isinstance(recipe.step_size, Tensor) and recipe.step_size.ndim and recipe.step_size.shape != x.shape[:1]:
-            raise InputError(
-                f"tsrfast.attacks: step_size must be a number or of shape ({len(x)},), got {tuple(recipe.step_size.shape)}"
-            )
+        for name, value in sizes.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != x.shape[:1]:
+                raise InputError(f"tsrfast.attacks: {name} must be a number or of shape ({len(x)},), got {tuple(value.shape)}")
         with undisturbed(x.device):
             # Copies: free of inference mode.
             y = None if y is None else y.clone()
             index = torch.arange(len(x), device=x.device) if index is None else index.clone()
-            route, chains = native.choose(recipe, model, x)
-            if not x.numel():
+            route, method = self._method(model, x)
+            if x.numel():
+                with evaluating(*(m for m in (model, *others) if isinstance(m, nn.Module))):
+                    got = method(x, y, index, judge)
+            else:
                 none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
                 got = Attempt(Best.unjudged(own_copy(x)), none, none.clone())
-            elif chains is None:
-                with evaluating(*(m for m in (model, *recipe.loss.models()) if isinstance(m, nn.Module))):
-                    got = run_loop(partial(eager.attempt, model, recipe), recipe, own_copy(x), y, index, judge)
-            else:
-                got = native.run(chains, recipe, x, y, index, judge)
         best = got.best
-        return AttackResult(
-            best.x, best.adversarial, best.loss, recipe.steps * recipe.restarts, got.queries, got.bad, route.path
-        )
+        return AttackResult(best.x, best.adversarial, best.loss, terms.steps, got.queries, got.bad, route.path)
+
+
+class LoopAttack(Attack):
+    """An attack that `run_loop` runs, in PyTorch or in native code."""
+
+    def _recipe(self) -> Recipe:
+        raise TypeError(f"{type(self).__name__} must define _recipe()")
+
+    def _terms(self) -> Terms:
+        r = self._recipe()
+        return Terms(r.threat, r.loss, r.targeted, r.steps * r.restarts, r.engine, {"step_size": r.step_size})
+
+    def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
+        recipe = self._recipe()
+        route, chains = native.choose(recipe, model, x)
+        if chains is not None:
+            return route, partial(native.run, chains, recipe)
+        engine = partial(eager.attempt, model, recipe)
+
+        def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
+            return run_loop(engine, recipe, own_copy(x), y, index, judge)
+
+        return route, method
 
 
 def _check_integers(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsrfast.attacks.loop import Attempt, Batch, Best, Recipe, StepState, check_labels, select
-from tsrfast.attacks.losses import wrong
+from tsrfast.attacks.loop import Attempt, Batch, Best, Recipe, StepState, check_labels, check_logits, select
+from tsrfast.attacks.losses import Loss, wrong
 from tsrfast.errors import InputError
 from tsrfast.ops import pgd_step_
 from tsrfast.ops._register import same_layout
@@ -65,7 +65,7 @@ def attempt(
         final = step == recipe.steps
         if final and not judge:
             return Attempt(Best.unjudged(x), bad, queries)
-        at = _evaluate(model, recipe, x, batch.y, gradient=not final, first=step == 0)
+        at = evaluate(model, recipe.loss.only(batch.rows), recipe.targeted, x, batch.y, gradient=not final, first=step == 0)
         _add(queries, 1, rows)
         if recipe.keep == "best":
             best.offer(at.candidate, recipe.targeted, rows)
@@ -103,16 +103,16 @@ def _add(total: Tensor, more: Tensor | int, rows: Tensor | None) -> None:
         total[rows] += more
 
 
-def _evaluate(
-    model: Callable[[Tensor], Tensor], recipe: Recipe, x: Tensor, y: Tensor | None, gradient: bool, first: bool
+def evaluate(
+    model: Callable[[Tensor], Tensor], loss: Loss, targeted: bool, x: Tensor, y: Tensor | None, *, gradient: bool, first: bool
 ) -> Evaluation:
+    """The model and the loss at `x`; `gradient`: it will be asked for; `first`: logits and labels are to be checked."""
     # An alias that can carry a gradient: x itself is stepped in place afterwards.
     leaf = x.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         logits = model(leaf)
         if first:  # once: looking at labels waits for a GPU
-            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-                what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise InputError(f"tsrfast.attacks: model must return logits [{len(x)}, classes], got {what}")
-            check_labels(y, logits.shape[1])
-        return Evaluation(leaf, logits, *recipe.loss(leaf, logits, y), recipe.targeted)
+            check_logits(logits, x)
+            for name, labels in {"y": y, **loss.per_image()}.items():
+                check_labels(labels, logits.shape[1], name)
+        return Evaluation(leaf, logits, *loss(leaf, logits, y), targeted)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tsrfast.attacks.attack import Attack
+from tsrfast.attacks.attack import LoopAttack
 from tsrfast.attacks.loop import Recipe
 from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.pgd import PGD
 
 
 @dataclass(frozen=True, eq=False)
-class FGSM(Attack):
+class FGSM(LoopAttack):
     """One gradient step. ``step_size=None`` takes the whole radius.
 
     Args:

@@ -150,11 +150,18 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(random[1], device)
 
 
-def check_labels(y: Tensor | None, classes: int) -> None:
-    """Labels are among the model's classes."""
+def check_labels(y: Tensor | None, classes: int, name: str = "y") -> None:
+    """Labels, or what else numbers classes, are among the model's classes."""
     if y is not None and len(y) and not bool(((y >= 0) & (y < classes)).all()):
         bad = y[(y < 0) | (y >= classes)][0].item()
-        raise InputError(f"tsrfast.attacks: y must be in 0..{classes - 1}, the model's classes, got {bad}")
+        raise InputError(f"tsrfast.attacks: {name} must be in 0..{classes - 1}, the model's classes, got {bad}")
+
+
+def check_logits(logits: Tensor, x: Tensor) -> None:
+    """A row of logits an image."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"tsrfast.attacks: model must return logits [{len(x)}, classes], got {what}")
 
 
 def run_loop(engine: Engine, recipe: Recipe, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:

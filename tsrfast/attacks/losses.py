@@ -7,6 +7,8 @@ not averaged, over images, so that an image's step does not depend on its batch.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +34,19 @@ class Loss:
     def models(self) -> tuple[nn.Module | Chain, ...]:
         """Networks the loss evaluates besides the attacked one."""
         return ()
+
+    def with_models(self, *models: nn.Module | Chain) -> Loss:
+        """The same loss with other networks in the place of `models`."""
+        return self
+
+    def per_image(self) -> Mapping[str, Tensor]:
+        """Fields that hold one value an image, ``[N]``, by name."""
+        return {}
+
+    def only(self, rows: Tensor) -> Loss:
+        """The loss of the images at these positions, int64."""
+        mine = {name: value[rows] for name, value in self.per_image().items()}
+        return dataclasses.replace(self, **mine) if mine else self  # type: ignore[type-var]
 
     def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} must define __call__(x, logits, y)")
@@ -73,6 +88,68 @@ class Margin(Loss):
 
 
 @dataclass(frozen=True)
+class DLR(Loss):
+    """The difference of logits ratio (Croce & Hein 2020, eq. 6): -(s_y - max_{k != y} s_k) / (s_1st - s_3rd), of the sorted logits.
+
+    Invariant to shifting and scaling of the logits, so that it drives where cross-entropy's gradient vanishes. Adversarial:
+    argmax s(x') != y. Called on fewer than 3 classes: InputError. No gradient where y is the third class (as defined).
+    """
+
+    name: ClassVar[str] = "dlr"
+    needs_labels: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert y is not None
+        _check_classes(self, logits, 3)
+        ordered, order = logits.sort(dim=1)
+        first = (order[:, -1] == y).to(logits.dtype)
+        here = logits.gather(1, y[:, None]).squeeze(1)
+        # Operation by operation the authors' code: gradients are the same bits.
+        gap = here - ordered[:, -2] * first - ordered[:, -1] * (1.0 - first)
+        return -gap / (ordered[:, -1] - ordered[:, -3] + 1e-12), y
+
+
+@dataclass(frozen=True, eq=False)
+class TargetedDLR(Loss):
+    """The targeted difference of logits ratio (Croce & Hein 2020, eq. 7): -(s_y - s_t) / (s_1st - (s_3rd + s_4th) / 2).
+
+    Increased by untargeted attacks with y the true labels: any other answer than y is adversarial, t is only the way there. Called on
+    fewer than 4 classes: InputError.
+
+    Args:
+        targets: t, int64 ``[N]``, one an image of the call, on its device.
+    """
+
+    name: ClassVar[str] = "targeted_dlr"
+    needs_labels: ClassVar[bool] = True
+
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.targets, Tensor) or self.targets.dtype != torch.int64 or self.targets.ndim != 1:
+            t = self.targets
+            what = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise InputError(f"tsrfast.attacks.TargetedDLR: targets must be int64 of shape [N], got {what}")
+
+    def per_image(self) -> Mapping[str, Tensor]:
+        return {"targets": self.targets}
+
+    def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert y is not None
+        _check_classes(self, logits, 4)
+        ordered = logits.sort(dim=1)[0]
+        here, there = (logits.gather(1, k[:, None]).squeeze(1) for k in (y, self.targets))
+        return -(here - there) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12), y
+
+
+def _check_classes(loss: Loss, logits: Tensor, least: int) -> None:
+    if logits.shape[1] < least:
+        raise InputError(
+            f"tsrfast.attacks: loss {loss.name!r} needs a model of at least {least} classes, got {logits.shape[1]}"
+        )
+
+
+@dataclass(frozen=True)
 class _Oracle(Loss):
     """Losses against a teacher evaluated at the same x'. Adversarial: argmax s(x') != argmax t(x') (paper, section 5.4)."""
 
@@ -80,6 +157,9 @@ class _Oracle(Loss):
 
     def models(self) -> tuple[nn.Module | Chain, ...]:
         return (self.teacher,)
+
+    def with_models(self, *models: nn.Module | Chain) -> Loss:
+        return dataclasses.replace(self, teacher=models[0])
 
     def value(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define value(student, teacher)")
@@ -147,7 +227,7 @@ class OracleMaxDifference(_Oracle):
         return (student - teacher).abs().max(1).values
 
 
-BY_NAME: dict[str, Loss] = {loss.name: loss for loss in (CrossEntropy(), Margin())}
+BY_NAME: dict[str, Loss] = {loss.name: loss for loss in (CrossEntropy(), Margin(), DLR())}
 
 
 def resolve(loss: str | Loss) -> Loss:

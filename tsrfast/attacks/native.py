@@ -19,12 +19,13 @@ from tsrfast.attacks.losses import (
     OracleMargin,
     OracleMaxDifference,
 )
-from tsrfast.chain import Chain, automatic, compile
-from tsrfast.errors import InputError, UnsupportedModel
+from tsrfast.chain import Chain, Differentiable, automatic, compile
+from tsrfast.errors import InputError, UnsupportedModel, unknown
 from tsrfast.ops.chain import FIELDS, KINDS, chain_pgd
 
 # By exact type: a subclass may compute anything.
 NATIVE_LOSSES = (CrossEntropy, Margin, OracleCrossEntropy, OracleKL, OracleL2, OracleMargin, OracleMaxDifference)
+ENGINES = ("auto", "chain", "eager")
 NETWORKS = ("model", "teacher")  # what messages call the networks of such a loss
 
 
@@ -53,6 +54,11 @@ class Chains:
     teacher: Chain | None
 
 
+def check_engine(engine: str) -> None:
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+
+
 def choose(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Chains | None]:
     """The route of an attack on `model`, and the compiled networks if it is the chain's.
 
@@ -61,31 +67,67 @@ def choose(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None) -> tuple[
             neither module nor chain. `x` is None, and the network does not say what images it takes.
     """
     networks = (model, *recipe.loss.models())
-    for who, network in zip(NETWORKS, networks, strict=False):
+    reason = None
+    if recipe.engine != "eager" and recipe.on_step is not None:
+        reason = "on_step is called from PyTorch's loop"
+    elif recipe.engine != "eager" and type(recipe.loss) not in NATIVE_LOSSES:
+        reason = f"native code does not know the loss {type(recipe.loss).__name__}"
+    route, chains = _route(networks, x, recipe.engine, reason)
+    return route, None if chains is None else Chains(chains[0], chains[1] if len(chains) > 1 else None)
+
+
+def callable_network(model: nn.Module | Chain, x: Tensor | None, engine: str, who: str = "model") -> tuple[nn.Module, Route]:
+    """The network for an attack with its loop in Python: `model`, or its chain made differentiable; and the route that says which.
+
+    Args:
+        model: network or chain. A module is to be in eval mode when the result is called.
+        x: images; None: those that the network itself says it takes.
+        engine: as in `PGD`.
+        who: what messages call the network.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    route, chains = _route((model,), x, engine, None, (who,))
+    if chains is None:
+        assert isinstance(model, nn.Module)
+        return model, route
+    if x is not None:
+        check_shape(who, chains[0], x)
+    return Differentiable(chains[0]), route
+
+
+def _route(
+    networks: tuple[nn.Module | Chain, ...],
+    x: Tensor | None,
+    engine: str,
+    against: str | None,
+    names: tuple[str, ...] = NETWORKS,
+) -> tuple[Route, list[Chain] | None]:
+    """`against`: what speaks against the chain's path besides the networks and images."""
+    for who, network in zip(names, networks, strict=False):
         if not isinstance(network, (nn.Module, Chain)):
             raise InputError(f"tsrfast.attacks: {who} must be an nn.Module or a Chain, got {type(network).__name__}")
-    chains, reason = _compiled(recipe, networks, x)
+    chains, reason = (None, against) if against is not None else _compiled(networks, x, engine, names)
     if chains is not None:
         return Route("chain", reason), chains
-    if recipe.engine == "chain":
+    if engine == "chain":
         raise InputError(f"tsrfast.attacks: engine must be 'auto' or 'eager' for this call, got 'chain': {reason}")
     if any(isinstance(network, Chain) for network in networks):
         raise InputError(f"tsrfast.attacks: a Chain has no autograd, and the native loop cannot run this call: {reason}")
     return Route("eager", reason), None
 
 
-def _compiled(recipe: Recipe, networks: tuple[nn.Module | Chain, ...], x: Tensor | None) -> tuple[Chains | None, str]:
+def _compiled(
+    networks: tuple[nn.Module | Chain, ...], x: Tensor | None, engine: str, names: tuple[str, ...]
+) -> tuple[list[Chain] | None, str]:
     """The networks compiled, or None; and the reason."""
-    if recipe.engine == "eager":
+    if engine == "eager":
         return None, "engine='eager' asks for it"
-    if recipe.on_step is not None:
-        return None, "on_step is called from PyTorch's loop"
-    if type(recipe.loss) not in NATIVE_LOSSES:
-        return None, f"native code does not know the loss {type(recipe.loss).__name__}"
     if x is not None and (x.dtype != torch.float32 or x.device.type != "cpu"):
         return None, f"x is {str(x.dtype).removeprefix('torch.')} on {x.device.type}, native code takes float32 on the CPU"
     chains: list[Chain] = []
-    for who, network in zip(NETWORKS, networks, strict=False):
+    for who, network in zip(names, networks, strict=False):
         try:
             if isinstance(network, Chain):
                 chains.append(network)
@@ -99,9 +141,9 @@ def _compiled(recipe: Recipe, networks: tuple[nn.Module | Chain, ...], x: Tensor
             if x is not None:
                 raise
             raise InputError(f"tsrfast.attacks: x must be given, {who} does not say what images it takes") from e
-    if recipe.engine == "auto" and not any(isinstance(n, Chain) for n in networks) and any(map(mostly_wide_linear, chains)):
+    if engine == "auto" and not any(isinstance(n, Chain) for n in networks) and any(map(mostly_wide_linear, chains)):
         return None, "most of the work is in wide linear layers, where PyTorch's matrix products are faster"
-    return Chains(chains[0], chains[1] if len(chains) > 1 else None), "every network compiles"
+    return chains, "every network compiles"
 
 
 def mostly_wide_linear(chain: Chain) -> bool:
@@ -119,14 +161,16 @@ def mostly_wide_linear(chain: Chain) -> bool:
     return products["linear"] > max(products["conv"], 1_000_000)
 
 
-# Images at a time: what Python holds besides the result does not grow with their number. 64 vectors of 16.
-PIECE = 1024
+# Images at a time for each thread, 8 vectors of 16: what Python holds besides the result does not grow with their number, and
+# Ctrl-C, which native code does not hear, waits some seconds at most.
+PIECE = 128
 
 
 def run(chains: Chains, recipe: Recipe, x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
     """`run_loop` piece by piece; arguments as there, `x` with any strides."""
     total: Attempt | None = None
-    for rows in torch.arange(len(x)).split(PIECE):
+    piece_size = PIECE * torch.get_num_threads()
+    for rows in torch.arange(len(x)).split(piece_size):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         mine = dataclasses.replace(
             recipe,
@@ -135,7 +179,7 @@ def run(chains: Chains, recipe: Recipe, x: Tensor, y: Tensor | None, index: Tens
         )
         x0 = own_copy(x[piece])
         got = run_loop(partial(attempt, chains, mine), mine, x0, None if y is None else y[piece], index[piece], judge)
-        if len(x) <= PIECE:
+        if len(x) <= piece_size:
             return got
         if total is None:
             count = torch.empty(len(x), dtype=torch.int64)
@@ -188,14 +232,19 @@ def entering(chain: Chain) -> tuple[int, ...]:
     return (first["channels"],) if flat else (first["channels"], first["height"], first["width"])
 
 
+def check_shape(who: str, chain: Chain, x: Tensor) -> None:
+    if chain.image != tuple(x.shape[1:]):
+        raise InputError(
+            f"tsrfast.attacks: x must have the shape [N, {', '.join(map(str, chain.image))}] that {who} was compiled for, "
+            f"got {tuple(x.shape)}"
+        )
+
+
 def check_chains(student: Chain, teacher: Chain | None, batch: Batch) -> None:
     """Images, labels and networks fit together, in the words of the eager path."""
     for who, chain in (("model", student), ("teacher", teacher)):
-        if chain is not None and chain.image != tuple(batch.x0.shape[1:]):
-            raise InputError(
-                f"tsrfast.attacks: x must have the shape [N, {', '.join(map(str, chain.image))}] that {who} was compiled for, "
-                f"got {tuple(batch.x0.shape)}"
-            )
+        if chain is not None:
+            check_shape(who, chain, batch.x0)
     n = len(batch.x0)
     check_labels(batch.y, student.classes)
     if teacher is not None and teacher.classes != student.classes:

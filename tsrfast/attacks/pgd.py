@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tsrfast.attacks.attack import Attack
+from tsrfast.attacks.attack import LoopAttack
 from tsrfast.attacks.loop import Recipe, StepState
 from tsrfast.attacks.losses import Loss, resolve
-from tsrfast.attacks.threat import Threat, check_radius
-from tsrfast.errors import InputError, unknown
-
-ENGINES = ("auto", "chain", "eager")
+from tsrfast.attacks.native import check_engine
+from tsrfast.attacks.threat import Threat, check_count, check_radius
+from tsrfast.errors import unknown
 
 
 @dataclass(frozen=True, eq=False)
-class PGD(Attack):
+class PGD(LoopAttack):
     """Multi-step projected gradient ascent on a loss.
 
     Args:
@@ -64,13 +63,11 @@ class PGD(Attack):
     def _recipe(self) -> Recipe:
         threat = Threat(self.norm, self.eps, self.lo, self.hi)
         check_radius("step_size", self.step_size)
-        for name, value, least in (("steps", self.steps, 0), ("restarts", self.restarts, 1)):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"tsrfast.attacks: {name} must be an integer >= {least}, got {value!r}")
+        check_count("steps", self.steps, 0)
+        check_count("restarts", self.restarts, 1)
         if self.keep not in ("last", "best"):
             raise unknown("keep", self.keep, ("last", "best"))
-        if self.engine not in ENGINES:
-            raise unknown("engine", self.engine, ENGINES)
+        check_engine(self.engine)
         return Recipe(
             threat,
             resolve(self.loss),

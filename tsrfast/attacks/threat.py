@@ -66,3 +66,9 @@ def check_radius(name: str, value: float | Tensor) -> None:
     if not ok:
         shown = f"{value.min().item():g}" if isinstance(value, Tensor) else value
         raise InputError(f"tsrfast.attacks: {name} must be >= 0, got {shown}")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """An integer of at least `least`, or an InputError that names it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"tsrfast.attacks: {name} must be an integer >= {least}, got {value!r}")
