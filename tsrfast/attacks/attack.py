@@ -94,10 +94,13 @@ class Attack:
 
     def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
         """The route of a call, and what it runs."""
-        network, route = native.callable_network(model, x, self._terms().engine)
+        terms = self._terms()
+        network, route = native.callable_network(model, x, terms.engine)
+        others = terms.loss.models() if terms.loss is not None else ()
 
         def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
-            return self._attack(network, own_copy(x), y, index, judge)
+            with evaluating(network, *(m for m in others if isinstance(m, nn.Module))):
+                return self._attack(network, own_copy(x), y, index, judge)
 
         return route, method
 
@@ -144,10 +147,8 @@ class Attack:
     def _run(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None, index: Tensor | None, judge: bool) -> AttackResult:
         terms = self._terms()
         terms.threat.check_images(x)
-        others: tuple[nn.Module | Chain, ...] = ()
         sizes = dict(terms.sizes)
         if terms.loss is not None:
-            others = terms.loss.models()
             sizes.update(terms.loss.per_image())
             if terms.targeted and not terms.loss.needs_labels:
                 raise InputError(f"tsrfast.attacks: targeted needs a loss with labels, got {terms.loss.name!r}")
@@ -165,8 +166,7 @@ class Attack:
             index = torch.arange(len(x), device=x.device) if index is None else index.clone()
             route, method = self._method(model, x)
             if x.numel():
-                with evaluating(*(m for m in (model, *others) if isinstance(m, nn.Module))):
-                    got = method(x, y, index, judge)
+                got = method(x, y, index, judge)
             else:
                 none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
                 got = Attempt(Best.unjudged(own_copy(x)), none, none.clone())
@@ -192,7 +192,8 @@ class LoopAttack(Attack):
         engine = partial(eager.attempt, model, recipe)
 
         def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
-            return run_loop(engine, recipe, own_copy(x), y, index, judge)
+            with evaluating(*(m for m in (model, *recipe.loss.models()) if isinstance(m, nn.Module))):
+                return run_loop(engine, recipe, own_copy(x), y, index, judge)
 
         return route, method
 
