@@ -13,7 +13,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_attack_example(capsys):
-    (code,) = (c for c in EXAMPLES if "tsrfast.attacks" in c)
+    (code,) = (c for c in EXAMPLES if "from tsrfast.attacks" in c)
     x = torch.rand(4, 3, 8, 8)
     names = {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), "x": x, "y": torch.zeros(4, dtype=torch.int64)}
     exec(code, names)
@@ -22,7 +22,7 @@ def test_attack_example(capsys):
 
 
 def test_examples_of_compiled_networks(capsys):
-    attack, plan, chain = (c for c in EXAMPLES if "attack" in c or "tsrfast.compile" in c)
+    attack, drop_in, plan, chain = (c for c in EXAMPLES if "attack" in c or "tsrfast.compile" in c)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 28 * 28, 10))
     x = torch.rand(2, 3, 32, 32)
@@ -32,6 +32,8 @@ def test_examples_of_compiled_networks(capsys):
     exec(plan, names)
     (shown,) = re.findall(r"plan\(model, x\)\)  # (.*)", plan)
     assert capsys.readouterr().out.strip() == shown
+    exec(drop_in, names)
+    assert 0 < (names["adv"] - x).abs().max() <= 8 / 255 + 1e-6
     exec(chain, names)
     torch.testing.assert_close(names["logits"], model(x), rtol=1e-4, atol=1e-5)
     leaf = x.clone().requires_grad_()
