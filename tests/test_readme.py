@@ -24,7 +24,9 @@ def test_attack_example(capsys):
 def test_examples_of_compiled_networks(capsys):
     attack, drop_in, plan, chain = (c for c in EXAMPLES if "attack" in c or "tsrfast.compile" in c)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 28 * 28, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 28 * 28, 10)
+    )
     x = torch.rand(2, 3, 32, 32)
     names = {"model": model, "x": x, "y": torch.zeros(2, dtype=torch.int64), "v": torch.ones(2, 10)}
     exec(attack, names)

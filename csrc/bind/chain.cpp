@@ -26,15 +26,19 @@ void bind_chain(py::module_& cpu, py::module_&) {
     return tsr::chain_packed_size(p);
   });
   cpu.def("chain_workspace", [](Address student, int64_t student_records, Address teacher, int64_t teacher_records) {
-    return tsr::chain_workspace(plan_of(student, student_records, "student"),
-                                plan_of(teacher, teacher_records, "teacher"));
+    const tsr::ChainPlan one = plan_of(student, student_records, "student");
+    const tsr::ChainPlan other = plan_of(teacher, teacher_records, "teacher");
+    tsr::check_chain(one, INT64_MAX);
+    tsr::check_chain(other, INT64_MAX);
+    return tsr::chain_workspace(one, other);
   });
   cpu.def(
       "chain_pack",
-      [](Address plan, int64_t records, Address weights, Address packed, int) {
+      [](Address plan, int64_t records, Address weights, int64_t parameters, Address packed, int) {
         const tsr::ChainPlan p = plan_of(plan, records, "plan");
+        tsr::check_chain(p, parameters);
         const int64_t values = tsr::chain_packed_size(p);
-        tsr::chain_pack_cpu({p, at<const float>(weights, values, "weights"), at<float>(packed, values, "packed")});
+        tsr::chain_pack_cpu({p, at<const float>(weights, parameters, "weights"), at<float>(packed, values, "packed")});
       },
       release_gil());
   cpu.def(

@@ -53,13 +53,6 @@ TSR_HD double logsumexp(const float* z, int64_t classes) {
   return most + ::log(sum);
 }
 
-TSR_HD double chain_cross_entropy(const float* s, int64_t y, int64_t classes, float* ds, double scale) {
-  const double all = logsumexp(s, classes);
-  if (ds)
-    for (int64_t k = 0; k < classes; ++k) ds[k] = float(scale * (::exp(s[k] - all) - (k == y ? 1.0 : 0.0)));
-  return all - s[y];
-}
-
 TSR_HD double chain_margin(const float* s, int64_t y, int64_t classes, float* ds) {
   double most = -INFINITY;
   int64_t ties = 0;
@@ -74,12 +67,22 @@ TSR_HD double chain_margin(const float* s, int64_t y, int64_t classes, float* ds
   return most - s[y];
 }
 
-// exponent of the power of two that brings `most` into [1, 2); 0 for what cannot be scaled.
+// The power of two that brings `most` into [1, 2); 1 for what cannot be scaled (0, infinity, NaN).
 TSR_HD double chain_scale(double most) {
   if (!(most > 0) || most - most != 0) return 1;
   int exponent;
   ::frexp(most, &exponent);
-  return ::ldexp(1.0, 1 - exponent);
+  return ::ldexp(1.0, exponent > -1022 ? 1 - exponent : 1023);  // of a subnormal: as far as it goes
+}
+
+TSR_HD double chain_cross_entropy(const float* s, int64_t y, int64_t classes, float* ds) {
+  const double all = logsumexp(s, classes);
+  double rest = all - all;  // 1 - softmax(s)_y, added up: the difference would cancel. NaN where the logits are broken
+  for (int64_t k = 0; k < classes; ++k) rest += k == y ? 0 : ::exp(s[k] - all);
+  const double scale = chain_scale(rest);
+  if (ds)
+    for (int64_t k = 0; k < classes; ++k) ds[k] = float(scale * (k == y ? -rest : ::exp(s[k] - all)));
+  return all - s[y];
 }
 
 struct ChainLossValue {
@@ -94,16 +97,9 @@ TSR_HD ChainLossValue chain_loss(ChainLoss loss, const float* s, const float* t,
   ChainLossValue out{0, (argmax(s, classes) != answer) != targeted};
   switch (loss) {
     case ChainLoss::cross_entropy:
-    case ChainLoss::oracle_cross_entropy: {
-      const double all = logsumexp(s, classes);
-      double most = 0;
-      for (int64_t k = 0; k < classes; ++k) {
-        const double d = ::fabs(::exp(s[k] - all) - (k == answer ? 1.0 : 0.0));
-        most = d > most ? d : most;
-      }
-      out.value = chain_cross_entropy(s, answer, classes, ds, chain_scale(most));
+    case ChainLoss::oracle_cross_entropy:
+      out.value = chain_cross_entropy(s, answer, classes, ds);
       break;
-    }
     case ChainLoss::margin:
     case ChainLoss::oracle_margin:
       out.value = chain_margin(s, answer, classes, ds);

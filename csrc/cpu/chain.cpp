@@ -7,6 +7,9 @@
 
 namespace tsr {
 
+constexpr int64_t kLargest = 1 << 24;  // of one size: products of a few of them are exact
+constexpr double kMostUnits = 0x1p40;
+
 void check_chain(const ChainPlan& plan, int64_t parameters) {
   const auto fail = [](int64_t i, const char* what) {
     throw std::invalid_argument("plan: record " + std::to_string(i) + ": " + what);
@@ -15,7 +18,13 @@ void check_chain(const ChainPlan& plan, int64_t parameters) {
     const ChainRecord& r = plan.record[i];
     const auto within = [&](int64_t offset, int64_t count) { return offset >= 0 && count <= parameters - offset; };
     const bool pool = r.kind == ChainKind::avg_pool || r.kind == ChainKind::max_pool;
-    if (r.c < 1 || r.h < 1 || r.w < 1 || r.oc < 1 || r.oh < 1 || r.ow < 1) fail(i, "sizes must be positive");
+    for (int64_t size : {r.c, r.h, r.w, r.oc, r.oh, r.ow})
+      if (size < 1 || size > kLargest) fail(i, "sizes must be in 1 .. 2^24");
+    for (int64_t size : {r.kh, r.kw, r.sh, r.sw, r.ph, r.pw})
+      if (size > kLargest) fail(i, "kernel, stride and padding must be at most 2^24");
+    if (double(r.c) * double(r.h) * double(r.w) > kMostUnits ||
+        double(r.oc) * double(r.oh) * double(r.ow) > kMostUnits || double(r.c) * double(r.oc) * 49 > kMostUnits)
+      fail(i, "must have at most 2^40 units and parameters");
     if (i && r.inputs() != plan.record[i - 1].outputs()) fail(i, "does not take what the record before gives");
     if (r.activation < ChainActivation::none || r.activation > ChainActivation::leaky_relu)
       fail(i, "unknown activation");
@@ -144,10 +153,11 @@ void chain_pack_cpu(const ChainPack& a) {
       to += count;
     };
     if (r.kind == ChainKind::affine) copy(r.weight, r.c);
-    if (r.bias >= 0) copy(r.bias, r.oc);
+    if (at.slope > at.bias) copy(r.bias, r.oc);
     if (at.end > at.slope) copy(r.slope, 1);
     begin = at.end;
   }
+  for (int64_t i = begin; i < chain_packed_size(a.plan); ++i) a.packed[i] = 0;
 }
 
 void chain_forward_portable(const ChainForward& a, int threads) { forward(a, threads); }

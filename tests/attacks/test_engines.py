@@ -13,15 +13,18 @@ from torch import nn
 
 import tsrfast
 from tsrfast.attacks import (
+    APGD,
     FGSM,
     PGD,
     CrossEntropy,
+    DeepFool,
     Margin,
     OracleCrossEntropy,
     OracleKL,
     OracleL2,
     OracleMargin,
     OracleMaxDifference,
+    Square,
     native,
 )
 from tsrfast.errors import InputError
@@ -393,3 +396,52 @@ def test_errors_are_the_same(engine):
     ):
         with pytest.raises(InputError, match=message):
             attack(model, x, labels)
+
+
+def test_a_model_that_changes_its_input_is_refused():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.sub_(0.5).flatten(1)[:, :10]
+
+    x, y = batch(2)
+    for attack in (PGD(steps=0), Square(queries=5)):
+        with pytest.raises(InputError, match="must not change its input in place"):
+            attack.run(InPlace(), x, y)
+
+
+def test_infinite_steps_are_refused():
+    for step_size in (math.inf, torch.tensor([0.1, math.inf])):
+        with pytest.raises(InputError, match="step_size must be finite"):
+            PGD(step_size=step_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_logits_of_another_dtype(dtype):
+    class Cast(nn.Module):
+        def forward(self, x):
+            return x.to(dtype).flatten(1)[:, :10]
+
+    x, y = batch(6)
+    for attack in (APGD(steps=3), APGD(steps=3, loss="dlr"), PGD(steps=3, early_stop=True), DeepFool(steps=3)):
+        assert attack(Cast(), x, y).dtype == torch.float32
+
+
+def test_a_teacher_that_stays_with_pytorch_is_said():
+    class Sine(nn.Module):
+        def forward(self, x):
+            return x.sin().flatten(1)[:, :10]
+
+    x, y = batch(2)
+    attack = APGD(loss=OracleL2(Sine()), steps=2)
+    assert attack.plan(net(), x).path == attack.run(net(), x, y).path == "eager"
+    with pytest.raises(InputError, match="teacher does not compile"):
+        dataclasses.replace(attack, engine="chain").plan(net(), x)
+
+
+def test_two_threads_and_a_teacher():
+    student, teacher, (x, y) = net().train(), net(1, (22, 18)).train(), batch(4)
+    attack = APGD(steps=4, loss=OracleL2(teacher))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: attack(student, x, y), range(8)))
+    assert student.training
+    assert teacher.training

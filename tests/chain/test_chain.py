@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tsrfast
@@ -358,3 +358,73 @@ def test_differentiable():
     (g,) = torch.autograd.grad(through(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         g.sum().backward()
+
+
+def test_inputs_of_other_shapes_are_left_to_pytorch():
+    """[N, T, D] is no image: what mixes T and D is refused, and `logits` asks PyTorch."""
+    x = torch.rand(5, 3, 4)
+    for model in (
+        nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
+        nn.Sequential(nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 3)),
+    ):
+        assert torch.allclose(logits(model, x), model.eval()(x))
+
+
+def test_weights_at_odd_places_of_a_storage():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
+    chain = automatic(model, (3, 4, 4))
+    assert automatic(model, (3, 4, 4)) is chain
+
+
+def test_weights_that_ask_to_be_computed_otherwise():
+    class Trebled(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            args = [3 * a.as_subclass(Tensor) if type(a) is cls else a for a in args]
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    weight = model[1].weight.detach()
+    del model[1].weight
+    model[1].weight = weight.as_subclass(Trebled)
+    with pytest.raises(UnsupportedModel, match="ordinary tensors; got Trebled"):
+        tsrfast.compile(model, (3, 2, 2))
+
+
+def test_scratch_weights():
+    class Scratch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights, self.buffer = torch.rand(2, 12, 12), torch.zeros(12, 12)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            for w in self.weights:
+                with torch.no_grad():
+                    self.buffer.copy_(w)
+                x = F.relu(F.linear(x, self.buffer))
+            return x
+
+    with pytest.raises(UnsupportedModel, match="changes tensors that it computes with"):
+        tsrfast.compile(Scratch(), (3, 2, 2))
+
+
+def test_modes_with_a_meaning_of_their_own():
+    class Averaged(nn.Sequential):
+        def train(self, mode=True):
+            return super().train(mode)
+
+    with pytest.raises(UnsupportedModel, match=r"has a train\(\) or eval\(\) of its own"):
+        tsrfast.compile(Averaged(nn.Flatten(), nn.Linear(12, 3)), (3, 2, 2))
+
+
+def test_compiling_draws_no_random_numbers():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) * torch.rand(())
+
+    before = torch.get_rng_state()
+    with pytest.raises(UnsupportedModel, match="draws random numbers"):
+        tsrfast.compile(Noisy(), (3, 2, 2))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -378,7 +379,11 @@ REFUSED = [
     (Of(lambda self, x: x * torch.ones(1, 1, 1, 1, 1)), "one a channel"),
     (Of(lambda self, x: x - torch.ones(3, 1, 1).double()), "float32; got float64"),
     (Of(lambda self, x: x * True), "needs a number or a tensor, got bool"),
-    (Of(lambda self, x: x + torch.rand(1)), r"model \(Sequential\): is not the same network twice"),
+    (Of(lambda self, x: x + torch.rand(1)), r"model \(Sequential\): its forward draws random numbers"),
+    (Of(lambda self, x: x * random.random()), "its forward draws random numbers"),
+    (Of(lambda self, x: x if type(x) is torch.Tensor else x * -1), "its logits of random images are not those"),
+    (Of(lambda self, x: x * 2 if len(x) % 2 else x * 3), "is not the same network twice"),
+    (Of(lambda self, x: x * 2 if len(x) == 1 else x * 3), "is not the same network twice"),
     (Of(lambda self, x: x / x.shape[0]), "is not the same network twice"),
     (Of(lambda self, x: F.relu(x) if len(x) > 100 else x * 2), "is not the same network twice"),
     (Of(lambda self, x: x.permute(0, 2, 3, 1)), "permute is not supported"),
@@ -394,7 +399,7 @@ REFUSED = [
     (Of(lambda self, x: self.missing(x)), r"model \(Sequential\): AttributeError: .*missing"),
     (Of(lambda self, x: torch.ops.aten.relu(x)), "is not supported"),
     (Of(lambda self, x: x.numpy()), "numpy is not supported"),
-    (Of(lambda self, x: torch.relu(torch.rand(len(x), 3, 6, 6))), "must return the logits"),
+    (Of(lambda self, x: torch.relu(torch.ones(len(x), 3, 6, 6))), "must return the logits"),
     (Of(swallows), "tanh is not supported"),
     (Of(remembers), r"model \(Sequential\): keeps intermediate values"),
 ]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,23 @@ def test_features_without_gradients_are_the_same(batch_norm: bool) -> None:
         net.convs[1].register_forward_hook(lambda *_: seen.append(1))
         assert torch.equal(net.features(x)[0], logits)
         assert seen
+
+
+def test_features_of_changed_networks() -> None:
+    """Layers replaced, or some in train mode: what PyTorch says."""
+    x = torch.rand(4, 3, 12, 11)
+    net = ConvReLU((6, 5), image=(3, 12, 11), batch_norm=True, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2)).eval()
+    for change in (
+        lambda n: setattr(n, "head", torch.nn.Sequential(n.head, torch.nn.ReLU(), torch.nn.Linear(10, 10))),
+        lambda n: setattr(n.convs[0], "padding", (1, 1)) or setattr(n, "head", torch.nn.Linear(5 * 10 * 9, 10)),
+        lambda n: n.norms.train(),
+    ):
+        changed = copy.deepcopy(net)
+        change(changed)
+        logits, kept = copy.deepcopy(changed).features(x)
+        with torch.no_grad():
+            again, others = changed.features(x)
+        torch.testing.assert_close([again, *others], [logits, *kept], rtol=1e-4, atol=1e-5)
 
 
 def test_memory_format_does_not_change_the_flatten_order() -> None:

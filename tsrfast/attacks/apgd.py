@@ -54,7 +54,7 @@ class _APGD(Attack):
     def _threat(self) -> Threat:
         """The threat, and the checks of the shared fields."""
         threat = Threat(self.norm, self.eps, self.lo, self.hi)
-        if not torch.as_tensor(self.eps).isfinite().all():  # the first step is as long as the ball is wide
+        if not torch.as_tensor(self.eps, device="cpu").isfinite().all():  # the first step is as long as the ball is wide
             raise InputError("tsrfast.attacks: eps must be finite, got inf")
         for name, least in (("steps", 0), ("restarts", 1), ("eot_iter", 1)):
             check_count(name, getattr(self, name), least)

@@ -95,12 +95,15 @@ class Attack:
     def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
         """The route of a call, and what it runs."""
         terms = self._terms()
-        network, route = native.callable_network(model, x, terms.engine)
-        others = terms.loss.models() if terms.loss is not None else ()
+        found = [native.callable_network(model, x, terms.engine)]
+        for teacher in terms.loss.models() if terms.loss is not None else ():
+            found.append(native.callable_network(teacher, x, terms.engine, who="teacher"))
+        networks, routes = zip(*found, strict=True)
+        route = next((r for r in routes if r.path == "eager"), routes[0])
 
         def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
-            with evaluating(network, *(m for m in others if isinstance(m, nn.Module))):
-                return self._attack(network, own_copy(x), y, index, judge)
+            with evaluating(*networks):  # what is compiled has no mode: the modules behind it are left alone
+                return self._attack(networks[0], own_copy(x), y, index, judge)
 
         return route, method
 

@@ -110,7 +110,10 @@ def evaluate(
     # An alias that can carry a gradient: x itself is stepped in place afterwards.
     leaf = x.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
+        version = leaf._version
         logits = model(leaf)
+        if leaf._version != version:
+            raise InputError("tsrfast.attacks: model must not change its input in place, but did")
         if first:  # once: looking at labels waits for a GPU
             check_logits(logits, x)
             for name, labels in {"y": y, **loss.per_image()}.items():

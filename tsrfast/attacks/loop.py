@@ -121,7 +121,8 @@ class Best:
             self.adversarial = torch.where(chosen, other.adversarial, self.adversarial)
         else:
             to = rows[chosen]
-            self.x[to], self.loss[to], self.adversarial[to] = other.x[chosen], other.loss[chosen], other.adversarial[chosen]
+            self.x[to], self.adversarial[to] = other.x[chosen], other.adversarial[chosen]
+            self.loss[to] = other.loss[chosen].to(self.loss.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -170,7 +170,7 @@ def run(chains: Chains, recipe: Recipe, x: Tensor, y: Tensor | None, index: Tens
     """`run_loop` piece by piece; arguments as there, `x` with any strides."""
     total: Attempt | None = None
     piece_size = PIECE * torch.get_num_threads()
-    for rows in torch.arange(len(x)).split(piece_size):
+    for rows in torch.arange(len(x), device="cpu").split(piece_size):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         mine = dataclasses.replace(
             recipe,
@@ -182,8 +182,8 @@ def run(chains: Chains, recipe: Recipe, x: Tensor, y: Tensor | None, index: Tens
         if len(x) <= piece_size:
             return got
         if total is None:
-            count = torch.empty(len(x), dtype=torch.int64)
-            whole = Best(torch.empty_like(x), x.new_empty(len(x)), torch.empty(len(x), dtype=torch.bool))
+            count = x.new_empty(len(x), dtype=torch.int64)
+            whole = Best(torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.bool))
             total = Attempt(whole, count, count.clone())
         total.best.x[piece], total.best.loss[piece], total.best.adversarial[piece] = (
             got.best.x,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tsrfast.attacks.attack import LoopAttack
@@ -12,7 +13,7 @@ from tsrfast.attacks.loop import Recipe, StepState
 from tsrfast.attacks.losses import Loss, resolve
 from tsrfast.attacks.native import check_engine
 from tsrfast.attacks.threat import Threat, check_count, check_radius
-from tsrfast.errors import unknown
+from tsrfast.errors import InputError, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ class PGD(LoopAttack):
     def _recipe(self) -> Recipe:
         threat = Threat(self.norm, self.eps, self.lo, self.hi)
         check_radius("step_size", self.step_size)
+        if not torch.as_tensor(self.step_size, device="cpu").isfinite().all():
+            raise InputError("tsrfast.attacks: step_size must be finite, got inf")
         check_count("steps", self.steps, 0)
         check_count("restarts", self.restarts, 1)
         if self.keep not in ("last", "best"):

@@ -175,9 +175,9 @@ def _pattern(side: int) -> Tensor:
 
     def hill(height: int, width: int) -> Tensor:
         # Rectangles about the middle, the one of radius k with weight 1 / (k + 1)^2: a pixel is in those from its distance on.
-        row, column = (torch.arange(n) - n // 2 for n in (height, width))
+        row, column = (torch.arange(n, device="cpu") - n // 2 for n in (height, width))
         distance = torch.maximum(row.abs()[:, None], column.abs()[None, :])
-        weights = 1 / torch.arange(1, max(height // 2, width // 2) + 2, dtype=torch.float64).square()
+        weights = 1 / torch.arange(1, max(height // 2, width // 2) + 2, dtype=torch.float64, device="cpu").square()
         heap = weights.flip(0).cumsum(0).flip(0)[distance]
         return heap / heap.norm()
 

@@ -8,6 +8,7 @@ and it takes milliseconds. This takes a quarter of one, so that whoever must kno
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import weakref
@@ -24,7 +25,7 @@ from tsrfast.errors import UnsupportedModel
 Shape = tuple[int, int, int]
 Handlers = Mapping[Callable[..., Any], Callable[..., Any]]
 
-BATCHES = 61, 4093  # images in a trace: a network must not depend on their number
+BATCHES = 61, 4094, 1  # images in a trace: a network must not depend on their number
 # What is behind a value: should anything get at it all the same, it does not stay unnoticed.
 _NAN = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
 _LOCK = threading.RLock()  # while modules are switched to eval mode and back
@@ -98,6 +99,7 @@ class Trace:
         self.steps: list[Step] = []
         self.refused: str | None = None
         self.values: list[weakref.ref[Tensor]] = []
+        self.versions: list[tuple[Tensor, int]] = []
         for name, m in model.named_modules():
             self.names[id(m)] = name
             if any(is_lazy(p) for p in m._parameters.values()):
@@ -106,6 +108,8 @@ class Trace:
                 self.refuse("has hooks", m)
             if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule":
                 self.refuse("is compiled by torch.compile: give the network itself", m)
+            if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval:
+                self.refuse("has a train() or eval() of its own, which may do more than switch the mode", m)
         if _has_any_global_hook():
             self.refuse("torch has hooks for all modules", model)
         self.live = self.value((batch, *image))
@@ -113,7 +117,8 @@ class Trace:
     def value(self, shape: Sequence[int]) -> Tensor:
         """A value of shape [N, ...], which is the live one from now on."""
         self.shape = tuple(shape)
-        self.live = _NAN.expand(self.shape).as_subclass(_Value)
+        # A leaf that requires gradients: PyTorch itself then refuses to change it in place out of sight.
+        self.live = Tensor._make_subclass(_Value, _NAN.expand(self.shape), True)
         self.values.append(weakref.ref(self.live))
         return self.live
 
@@ -132,6 +137,10 @@ class Trace:
         return self.value((self.batch, *leaving))
 
     def _check(self, t: Tensor) -> None:
+        if type(t) not in (Tensor, nn.Parameter):
+            self.refuse(f"the chain computes with ordinary tensors; got {type(t).__name__}")
+        if not t.is_inference():
+            self.versions.append((t, t._version))
         if t.device.type != "cpu" or t.layout != torch.strided:
             self.refuse(f"the chain computes with dense tensors on the CPU; got {t.layout} on {t.device}")
         if t.dtype != torch.float32 and not (t.ndim == 0 and t.is_floating_point()):  # such a number does not change a dtype
@@ -157,7 +166,8 @@ class Trace:
     def run(self) -> list[Step]:
         """Call the network, in eval mode."""
         training = [m for m in self.model.modules() if m.training]
-        _running.trace = self
+        outer, _running.trace = _running.trace, self
+        random_before = _random_states()
         try:
             for m in training:
                 m.training = False
@@ -167,11 +177,16 @@ class Trace:
             failed = f"tsrfast.compile: model ({type(self.model).__name__}): {type(e).__name__}: {said}"
             raise UnsupportedModel(self.refused or failed) from e
         finally:
-            _running.trace = None
+            _running.trace = outer
             for m in training:
                 m.training = True
+            drawn = _restore_random(random_before)
         if self.refused is not None:  # and forward caught it
             raise UnsupportedModel(self.refused)
+        if drawn:
+            self.refuse("its forward draws random numbers", self.model)
+        if any(t._version != version for t, version in self.versions):
+            self.refuse("its forward changes tensors that it computes with", self.model)
         if not isinstance(out, Tensor) or out.ndim != 2 or out is not self.live:
             what = f"of shape [N{''.join(f', {s}' for s in out.shape[1:])}]" if isinstance(out, _Value) else type(out).__name__
             self.refuse(f"must return the logits [N, classes] at the end of its computation, got {what}", self.model)
@@ -181,6 +196,29 @@ class Trace:
         if any(v() is not None for v in self.values):
             self.refuse("keeps intermediate values of its forward", self.model)
         return self.steps
+
+
+def _random_states() -> tuple[Tensor, object, Any]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _restore_random(before: tuple[Tensor, object, Any]) -> bool:
+    """Whether any generator has been drawn from since; it is put back."""
+    now = _random_states()
+    drawn = not torch.equal(before[0], now[0])
+    torch.set_rng_state(before[0])
+    if before[1] != now[1]:
+        drawn = True
+        random.setstate(before[1])  # type: ignore[arg-type]
+    if before[2] is not None and now[2] is not None and not _same_numpy(before[2], now[2]):
+        drawn = True
+        sys.modules["numpy"].random.set_state(before[2])
+    return drawn
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    return bool(a[0] == b[0] and (a[1] == b[1]).all() and a[2:] == b[2:])
 
 
 def _chw(shape: Sequence[int]) -> Shape:

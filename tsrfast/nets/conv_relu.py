@@ -135,11 +135,15 @@ class ConvReLU(nn.Module):
         Through the net's compiled chain where there is one, in eval mode, and nothing asks for gradients.
         """
         h, kept = self._input(x), []
-        if not (self.training or torch.is_grad_enabled()) and x.dtype == torch.float32 and x.device.type == "cpu":
+        own = type(self).forward is ConvReLU.forward and not any(m.training for m in self.modules())
+        if own and not torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu":
+            names = [*(f"convs.{layer}+relu" for layer in range(len(self.convs))), "head"]
             with suppress(UnsupportedModel):
                 # Its records are the convolutions with their ReLUs, and the head: the rest is folded into the weights.
-                *kept, logits = automatic(self, self.image).activations(x)
-                return logits, kept
+                chain = automatic(self, self.image)
+                if len(chain.names) == len(names) and all(map(str.endswith, chain.names, names)):
+                    *kept, logits = chain.activations(x)
+                    return logits, kept
         for conv, norm in zip(self.convs, self.norms, strict=True):
             kept.append(F.relu(conv(h)))
             h = norm(kept[-1])

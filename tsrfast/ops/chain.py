@@ -92,6 +92,12 @@ def _check_images(op: str, name: str, x: Tensor, plan: Tensor) -> None:
 def _net(op: str, name: str, plan: Tensor, packed: Tensor) -> tuple[int, int, int, int]:
     _check_plan(op, name, plan)
     _check_float(op, "packed", packed, (packed.numel(),))
+    try:
+        size = _native._C.cpu.chain_packed_size(plan.data_ptr(), len(plan), 2**62)
+    except ValueError as e:
+        raise InputError(f"tsrfast.{op}: {name}: {e}") from None
+    if packed.numel() != size:
+        raise InputError(f"tsrfast.{op}: packed must have the {size} values of {name}, got {packed.numel()}")
     return plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel()
 
 
@@ -112,7 +118,7 @@ def _pack(plan: Tensor, weights: Tensor) -> Tensor:
     except ValueError as e:
         raise InputError(f"tsrfast.{op}: {e}") from None
     packed = weights.new_empty(size)
-    _native.call(op, weights, plan.data_ptr(), len(plan), weights.data_ptr(), packed.data_ptr())
+    _native.call(op, weights, plan.data_ptr(), len(plan), weights.data_ptr(), weights.numel(), packed.data_ptr())
     return packed
 
 
@@ -176,7 +182,12 @@ def _pgd(
     keep_iterates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op, n = "chain_pgd", len(x0)
-    _check_cpu(op, x0=x0, start=start, student=plan, packed=packed, teacher=teacher_plan, labels=labels)
+    _check_cpu(op, x0=x0, start=start, student=plan, packed=packed, teacher=teacher_plan, teacher_packed=teacher_packed)
+    _check_cpu(op, labels=labels, step_size=step, eps=eps)
+    if (teacher_plan is None) != (teacher_packed is None):
+        raise InputError(f"tsrfast.{op}: teacher must be (plan, packed) or None, got one of the two")
+    if steps < 0:
+        raise InputError(f"tsrfast.{op}: steps must be an integer >= 0, got {steps}")
     net = _net(op, "student", plan, packed)
     _check_images(op, "x0", x0, plan)
     _check_float(op, "start", start, tuple(x0.shape))
@@ -331,7 +342,7 @@ def chain_pgd(
 
     Args:
         x0: clean images, float32 ``[N, ...]`` contiguous, in [lo, hi].
-        start: where to begin, likewise.
+        start: where to begin, likewise; not checked against ball and box, into which the first step projects.
         student: (plan, packed) of the attacked network.
         teacher: the oracle's, for the oracle losses; None otherwise.
         labels: int64 ``[N]``, for ``cross_entropy`` and ``margin``.
@@ -373,6 +384,8 @@ def chain_pgd(
         value, one = per_image("chain_pgd", name, given, x0)
         if not (value >= 0 if one is None else bool((one >= 0).all())):
             raise InputError(f"tsrfast.chain_pgd: {name} must be >= 0, got {value if one is None else one.min().item():g}")
+        if name == "step_size" and not (math.isfinite(value) if one is None else bool(one.isfinite().all())):
+            raise InputError("tsrfast.chain_pgd: step_size must be finite, got an infinite one")
         values.append(value)
         each.append(one)
     x, value_at, adversarial, bad, queries, every = _op_pgd(

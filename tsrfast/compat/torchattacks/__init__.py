@@ -33,7 +33,8 @@ Different on purpose:
 - Images outside [0, 1] (beyond rounding), NaN pixels and labels that are no classes are an `InputError` (a ``ValueError``). The original
   clamps the former, which leaves the ball around the image.
 - Attacks work under ``torch.no_grad()`` and ``torch.inference_mode()``.
-- Models must return logits ``[N, classes]``.
+- `eps` and `alpha` are numbers, alpha >= 0; labels are int64 (or probabilities); `save` takes a path.
+- Models are `torch.nn.Module`s and must return logits ``[N, classes]``.
 
 An attack of torchattacks that is not here raises `NotCovered` (an ``ImportError``) when it is asked for.
 """

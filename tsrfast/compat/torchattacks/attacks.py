@@ -306,7 +306,8 @@ def _network(attack: Attack, x0: Tensor) -> tuple[nn.Module, bool]:
     for name in ("get_logits", "normalize"):
         if getattr(type(attack), name) is not getattr(Attack, name) or name in vars(attack):
             return _Asking(attack), False
-    may = not attack._model_training
+    # A chain is the network in eval mode; `forward`, called directly, attacks it in the mode it has.
+    may = not any(m.training for m in attack.model.modules())
     if attack._normalization_applied is not False:
         return attack.model, may
     mean, std = attack._normalization(x0)
