@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tsrfast._modes import evaluating
 from tsrfast.chain.folding import build
 from tsrfast.chain.handlers import HANDLERS
-from tsrfast.chain.tracing import BATCHES, Step, run_trace
+from tsrfast.chain.tracing import BATCHES, MODES, Step, run_trace
 from tsrfast.errors import InputError, UnsupportedModel
 from tsrfast.ops.chain import ACTIVATIONS, FIELDS, KINDS, chain_forward, chain_gradient, chain_pack
 
@@ -59,7 +59,7 @@ class Chain:
         model = self._source()
         assert model is not None
         x = torch.rand(2, *self.image, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-        with evaluating(model), torch.no_grad():
+        with MODES, evaluating(model), torch.no_grad():
             want = model(x.clone())
         error, size = (self(x) - want).abs().max(), want.abs().max()
         if want.isfinite().all() and not error <= 1e-3 * size + 1e-30:

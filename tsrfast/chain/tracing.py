@@ -28,7 +28,7 @@ Handlers = Mapping[Callable[..., Any], Callable[..., Any]]
 BATCHES = 61, 4094, 1  # images in a trace: a network must not depend on their number
 # What is behind a value: should anything get at it all the same, it does not stay unnoticed.
 _NAN = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
-_LOCK = threading.RLock()  # while modules are switched to eval mode and back
+MODES = threading.RLock()  # held while modules are switched to eval mode and back
 
 
 class Step(NamedTuple):
@@ -232,7 +232,7 @@ def run_trace(model: nn.Module, image: tuple[int, ...], handlers: Handlers, batc
     Raises:
         UnsupportedModel: naming the module and why.
     """
-    with _LOCK, torch.enable_grad():
+    with MODES, torch.enable_grad():
         return Trace(model, image, handlers, batch).run()
 
 
