@@ -32,6 +32,7 @@ import race
 import torch
 from contestants import EPS, LOSSES, STEP_SIZE, Pair, Recipe, quality
 from record import machine, software
+from timing import digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -149,7 +150,7 @@ def quantities(nets: Nets, method: str, x: Tensor, y: Tensor) -> dict[str, Tenso
 
 def errors(nets: Nets, methods: Sequence[str], x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
     def error(a: Tensor, b: Tensor) -> float:
-        return race.digits(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).mean().item(), 3)
+        return digits(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).mean().item(), 3)
 
     exact = quantities(nets, "float64", x, y)
     return {m: {name: error(a, exact[name]) for name, a in quantities(nets, m, x, y).items()} for m in methods}
@@ -167,8 +168,8 @@ def ascent(nets: Nets, methods: Sequence[str], loss: str, x: Tensor, y: Tensor, 
     found: dict[str, dict[str, Any]] = {}
     for method, values in kept.items():
         (efficiency, equal), lowest = torch.cat(values, 1).mean(1).tolist(), torch.cat(values, 1)[0].min().item()
-        found[method] = {"efficiency": race.digits(efficiency, 6), "lowest": race.digits(lowest)}
-        found[method] |= {"equal_signs": race.digits(equal, 5), "holds": efficiency >= ASCENT}
+        found[method] = {"efficiency": digits(efficiency, 6), "lowest": digits(lowest)}
+        found[method] |= {"equal_signs": digits(equal, 5), "holds": efficiency >= ASCENT}
     return found
 
 
@@ -188,11 +189,11 @@ def compare(mine: Sequence[Tensor], eager: Sequence[Tensor]) -> dict[str, Any]:
     mean, half = ratio.mean().item(), 1.96 * ratio.std().item() / len(ratio) ** 0.5
     points = 100 * (robust.double().mean() - robust0.double().mean()).item()
     return {
-        "images": len(x), "log_ratio": race.digits(mean), "interval": [race.digits(mean - half), race.digits(mean + half)],
-        "deviation": race.digits(ratio.std().item(), 3), "holds": mean - half > LOG_RATIO,
-        "robust_accuracy": race.digits(robust.double().mean().item()), "points": round(points, 3),
+        "images": len(x), "log_ratio": digits(mean), "interval": [digits(mean - half), digits(mean + half)],
+        "deviation": digits(ratio.std().item(), 3), "holds": mean - half > LOG_RATIO,
+        "robust_accuracy": digits(robust.double().mean().item()), "points": round(points, 3),
         "within_points": abs(points) <= POINTS + 1e-9, "only_here_robust": int((robust & ~robust0).sum()),
-        "only_eager_robust": int((robust0 & ~robust).sum()), "pixels_differ": race.digits(((x - x0).abs() > 1e-6).double().mean().item(), 3),
+        "only_eager_robust": int((robust0 & ~robust).sum()), "pixels_differ": digits(((x - x0).abs() > 1e-6).double().mean().item(), 3),
     }  # fmt: skip
 
 
@@ -206,8 +207,8 @@ def attacks(nets: Nets, loss: str, x: Tensor, y: Tensor, sizes: Sizes) -> dict[s
     eager = made("eager", len(x))
     counts = {"winograd": len(x)} | dict.fromkeys(("direct", "bf16", "chaos"), min(sizes.controls, len(x)))
     return {
-        "eager_robust_accuracy": race.digits(eager[2].double().mean().item()),
-        "eager_mean_loss": race.digits(eager[1].mean().item(), 6),
+        "eager_robust_accuracy": digits(eager[2].double().mean().item()),
+        "eager_mean_loss": digits(eager[1].mean().item(), 6),
         "methods": {m: compare(made(m, n), [t[:n] for t in eager]) for m, n in counts.items()},
     }
 
@@ -216,7 +217,7 @@ def measure(pair: Pair, x: Tensor, y: Tensor, losses: Sequence[str], sizes: Size
     nets, methods = Nets(pair), ("eager", *CHAINS, "bf16")
     a, b, few, column = x[: sizes.path], y[: sizes.path], sizes.controls, FIELDS.index("winograd")
     return {
-        "logit_distance": race.digits(quality(nets.float64, x[:few].double(), y[:few])["logit_distance"]),
+        "logit_distance": digits(quality(nets.float64, x[:few].double(), y[:few])["logit_distance"]),
         "winograd_layers": {name: sum(int(net.plan[:, column].sum()) for net in both) for name, both in nets.chains.items()},
         "errors": errors(nets, methods, a, b),
         "ascent": ascent(nets, methods, "oracle", a, b, sizes.steps),

@@ -50,6 +50,7 @@ from contestants import (
 )
 from race_report import plot, table
 from record import machine, software
+from timing import digits, fma_peak, interleave, one_line, timed
 from torch import Tensor
 
 from tsrfast._files import atomic_write
@@ -98,65 +99,6 @@ SMOKE = Sizes(
     thread_images=(1, 4), thread_steps=1,
     memory_images={TSRFAST.name: (4,)}, memory_steps=1, warm_images=1,
 )  # fmt: skip
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------------
-
-
-def timed(run: Callable[[], object], repeat: int = 1) -> tuple[float, float]:
-    """(wall, CPU) seconds of one call, averaged over `repeat`; CPU is of all threads of this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeat):
-        run()
-    return (time.perf_counter() - wall) / repeat, (time.process_time() - cpu) / repeat
-
-
-def rotated(names: Sequence[str], by: int) -> list[str]:
-    """`names` from number `by` on, around the end."""
-    k = by % len(names)
-    return [*names[k:], *names[:k]]
-
-
-def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, repeat: Mapping[str, int] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Time all `runs` once a round, each round starting with another one: {name: `summary`}."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for r in range(rounds):
-        for name in rotated(list(runs), r):
-            seconds[name].append(timed(runs[name], repeat[name] if repeat else 1))
-    return {name: summary(values) for name, values in seconds.items()}
-
-
-def summary(seconds: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Medians of wall and CPU seconds, and the spread of wall seconds: (largest - smallest) / median."""
-    wall, cpu = ([pair[k] for pair in seconds] for k in (0, 1))
-    median = statistics.median(wall)
-    return {
-        "wall_s": digits(median),
-        "cpu_s": digits(statistics.median(cpu)),
-        "spread": digits((max(wall) - min(wall)) / median, 2),
-        "all_wall_s": [digits(t) for t in wall],
-    }
-
-
-def digits(value: float, count: int = 4) -> float:
-    return float(f"{value:.{count}g}")
-
-
-def fma_peak(seconds: float = 0.3) -> float:
-    """GFLOP/s of the fastest of many float32 matmuls 1024^3."""
-    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, timed(lambda: a @ b)[0])
-    return digits(2e-9 * 1024**3 / best)
-
-
-def one_line(error: BaseException) -> str:
-    """An error for the record: its first line, without paths."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return re.sub(r"(?<![\w.])(/[\w.+@-]+)+/?", "PATH", f"{type(error).__name__}: {text}")[:300]
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 import contestants  # noqa: E402
 import race  # noqa: E402
+import timing  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,13 @@ def pair() -> contestants.Pair:
 
 
 def test_every_contestant_starts_every_place_once():
-    order = [race.rotated("abc", r) for r in range(3)]
+    order = [timing.rotated("abc", r) for r in range(3)]
     assert [list(place) for place in zip(*order, strict=True)] == [list("abc"), list("bca"), list("cab")]
-    assert race.rotated("abc", 4) == list("bca")
+    assert timing.rotated("abc", 4) == list("bca")
 
 
 def test_summary_is_of_medians():
-    found = race.summary([(3.0, 6.0), (1.0, 5.0), (2.0, 40.0)])
+    found = timing.summary([(3.0, 6.0), (1.0, 5.0), (2.0, 40.0)])
     assert found == {"wall_s": 2.0, "cpu_s": 6.0, "spread": 1.0, "all_wall_s": [3.0, 1.0, 2.0]}
 
 
@@ -76,7 +77,7 @@ def test_another_attack_is_not_timed():
 
 
 def test_errors_keep_no_paths():
-    assert race.one_line(OSError("no /home/me/x.py, but a/b\nat line 3")) == "OSError: no PATH, but a/b"
+    assert timing.one_line(OSError("no /home/me/x.py, but a/b\nat line 3")) == "OSError: no PATH, but a/b"
 
 
 def test_only_takes_parts_of_names():
