@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import re
@@ -49,7 +48,7 @@ from contestants import (
     trained_pair,
 )
 from race_report import plot, table
-from record import machine, software
+from record import machine, software, versions_of
 from timing import digits, fma_peak, interleave, one_line, timed
 from torch import Tensor
 
@@ -323,16 +322,6 @@ def choose(only: Sequence[str], smoke: bool) -> list[Contestant]:
     return [c for c in CONTESTANTS if not (smoke and "compile" in c.name)]
 
 
-def versions(entrants: Sequence[Contestant]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in (c.package for c in entrants if c.package):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def main() -> int:
     """0: done; 1: tsrfast failed (the record says how); 2: wrong arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -368,7 +357,7 @@ def main() -> int:
         "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine() | {"load_before": digits(os.getloadavg()[0], 2)},
-        "software": software() | {"libraries": versions(entrants)},
+        "software": software() | {"libraries": versions_of(c.package for c in entrants if c.package)},
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "settings": {
             "norm": "linf", "eps": EPS, "step_size": STEP_SIZE, "steps": sizes.steps, "batch": sizes.batch, "rounds": sizes.rounds,

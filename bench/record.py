@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,16 @@ def software() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
