@@ -105,7 +105,7 @@ def art(name: str, **arguments: Any) -> Callable[[Get, nn.Module, Tensor, Tensor
             device_type="cpu",
         )
         given = {k: steps if v == "steps" else v for k, v in arguments.items()}
-        made = getattr(get("attacks.evasion"), name)(classifier, batch_size=len(x), verbose=False, **given)
+        made = getattr(get("attacks.evasion"), name)(classifier, batch_size=len(x), **given)
         return torch.from_numpy(np.asarray(made.generate(x.numpy(), y.numpy())))
 
     return run
@@ -147,12 +147,14 @@ SCRIPTS = (
     Script("PGD linf", "torchattacks", torchattacks("PGD", eps=EPS, alpha=ALPHA, steps="steps", random_start=False)),
     Script("PGD linf", "foolbox", foolbox("LinfPGD", EPS, abs_stepsize=ALPHA, steps="steps", random_start=False)),
     Script("PGD linf", "cleverhans", cleverhans_pgd(np.inf, EPS, ALPHA)),
-    Script("PGD linf", "art", art("ProjectedGradientDescent", eps=EPS, eps_step=ALPHA, max_iter="steps")),
+    Script("PGD linf", "art", art("ProjectedGradientDescent", eps=EPS, eps_step=ALPHA, max_iter="steps", verbose=False)),
     Script("PGD linf", "adv_lib", advlib_pgd, "adv-lib", drop_in="advlib"),
     Script("PGD l2", "torchattacks", torchattacks("PGDL2", eps=L2_EPS, alpha=L2_ALPHA, steps="steps", random_start=False)),
     Script("PGD l2", "foolbox", foolbox("L2PGD", L2_EPS, abs_stepsize=L2_ALPHA, steps="steps", random_start=False)),
     Script("PGD l2", "cleverhans", cleverhans_pgd(2, L2_EPS, L2_ALPHA)),
-    Script("PGD l2", "art", art("ProjectedGradientDescent", norm=2, eps=L2_EPS, eps_step=L2_ALPHA, max_iter="steps")),
+    Script(
+        "PGD l2", "art", art("ProjectedGradientDescent", norm=2, eps=L2_EPS, eps_step=L2_ALPHA, max_iter="steps", verbose=False)
+    ),
     Script("MIM", "torchattacks", torchattacks("MIFGSM", eps=EPS, alpha=ALPHA, steps="steps", decay=1.0)),
     Script("APGD-CE", "torchattacks", torchattacks("APGD", eps=EPS, steps="steps")),
     Script("APGD-CE", "pyautoattack", apgd, "pyautoattack", drop_in="autoattack"),
@@ -161,7 +163,7 @@ SCRIPTS = (
     Script("CW l2", "cleverhans", cleverhans_cw, images=16),
     Script("DeepFool l2", "torchattacks", torchattacks("DeepFool", steps=50), images=8),
     Script("DeepFool l2", "foolbox", foolbox("L2DeepFoolAttack", None, steps=50), images=8),
-    Script("DeepFool l2", "art", art("DeepFool", max_iter=50), images=4),
+    Script("DeepFool l2", "art", art("DeepFool", max_iter=50, verbose=False), images=4),
 )
 DIRECT: dict[str, Callable[[int], attacks.Attack]] = {
     "FGSM": lambda steps: attacks.FGSM(eps=EPS),
