@@ -98,6 +98,15 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, saved: Path) -> None:
         ({"architecture": {"name": "ConvReLU", "config": {"width": [3]}}}, "cannot be built"),
         ({"architecture": {"name": "ConvReLU", "config": {"widths": [3], "colour": 1}}}, "cannot be built"),
         ({"architecture": {"name": "ConvReLU", "config": None}}, "cannot be built"),
+        ({"architecture": {"name": "WideResnet", "config": {}}}, "did you mean 'WideResNet'"),
+        ({"architecture": {"name": "ResNet", "config": {}}}, "cannot be built"),
+        ({"architecture": {"name": "ResNet", "config": {"blocks": [1, 1]}}}, "cannot be built.*blocks must be 4"),
+        ({"architecture": {"name": "WideResNet", "config": {"depth": 11}}}, "cannot be built.*depth must be 6 n"),
+        ({"architecture": {"name": "MobileNetV2", "config": {"stem": "x"}}}, "cannot be built.*stem must be one of"),
+        (
+            {"architecture": {"name": "WideResNet", "config": {"depth": 10, "widen": 1}}},
+            "tensors must be those of the architecture",
+        ),
     ],
 )
 def test_bad_architectures(saved: Path, document: dict, message: str) -> None:
@@ -129,7 +138,7 @@ def test_bad_tensors(saved: Path) -> None:
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with pytest.raises(InputError, match="model must be one of ConvReLU, got Linear"):
+    with pytest.raises(InputError, match=r"model must be one of ConvReLU, MobileNetV2, .*WideResNet, got Linear"):
         save_checkpoint(path, nn.Linear(2, 2))
     with pytest.raises(InputError, match="metadata"):
         save_checkpoint(path, net(), tensor=torch.zeros(1))

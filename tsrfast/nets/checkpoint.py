@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from tsrfast.errors import InputError, unknown
 from tsrfast.nets.conv_relu import ConvReLU
+from tsrfast.nets.mobilenet_v2 import MobileNetV2
+from tsrfast.nets.resnet import PreActResNet, ResNet
 from tsrfast.nets.tensor_file import read_tensor_file, write_tensor_file
+from tsrfast.nets.wide_resnet import WideResNet
 
 # A class listed here has `config` (JSON), `from_config(config)`, and raises InputError for a config it cannot build.
-ARCHITECTURES: dict[str, type[ConvReLU]] = {"ConvReLU": ConvReLU}
+ARCHITECTURES: dict[str, Any] = {kind.__name__: kind for kind in (ConvReLU, MobileNetV2, PreActResNet, ResNet, WideResNet)}
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -48,8 +51,10 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, /, **metadat
     write_tensor_file(path, tensors, document)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[ConvReLU, dict[str, Any]]:
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     """The model (on the CPU, in eval mode, in the dtype it was saved with) and the metadata of `save_checkpoint`.
+
+    The model is of the class that the file names, one of `ARCHITECTURES`.
 
     Raises:
         InputError: no such file; not a safetensors file (pickles are never loaded); no or an unknown architecture;

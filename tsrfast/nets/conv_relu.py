@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from tsrfast.chain import automatic
-from tsrfast.errors import InputError, UnsupportedModel, unknown
+from tsrfast.errors import InputError, UnsupportedModel
+from tsrfast.nets.classifier import Classifier, NetT
 
 KERNEL = 3
-_CONFIG = ("widths", "batch_norm", "image", "classes", "mean", "std")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class ConvReLU(nn.Module):
+class ConvReLU(Classifier):
     """conv3x3 -> ReLU (-> BN) per width, then flatten and a linear layer.
 
     Args:
@@ -43,9 +43,6 @@ class ConvReLU(nn.Module):
             or not finite.
     """
 
-    mean: Tensor | None
-    std: Tensor | None
-
     def __init__(
         self,
         widths: Sequence[int] = (64, 64, 64, 64),
@@ -57,19 +54,17 @@ class ConvReLU(nn.Module):
         std: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.widths = _sizes("widths", widths)
-        self.image = _sizes("image", image, length=3)
-        self.classes = _sizes("classes", (classes,), length=1)[0]
-        self.batch_norm = bool(batch_norm)
-        channels, height, width = self.image
+        widths, image = _sizes("widths", widths), _sizes("image", image, length=3)
+        channels, height, width = image
+        settings = {"widths": list(widths), "batch_norm": bool(batch_norm), "image": list(image)}
+        super().__init__(classes, mean, std, settings, channels)
+        self.widths, self.image, self.batch_norm = widths, image, bool(batch_norm)
         shrunk = (KERNEL - 1) * len(self.widths)
         if min(height, width) <= shrunk:
             raise InputError(
                 f"tsrfast.ConvReLU: image must be larger than {shrunk}x{shrunk} for {len(self.widths)} layers, "
                 f"got {height}x{width}"
             )
-        self._set_normalisation(mean, std)
         fan_in = (channels, *self.widths[:-1])
         self.convs = nn.ModuleList(skip_init(nn.Conv2d, a, b, KERNEL) for a, b in zip(fan_in, self.widths, strict=True))
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) if self.batch_norm else nn.Identity() for c in self.widths)
@@ -77,54 +72,17 @@ class ConvReLU(nn.Module):
         self.head = skip_init(nn.Linear, self.widths[-1] * area, self.classes)
         init_(self, seed)
 
-    def _set_normalisation(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        if (mean is None) != (std is None):
-            raise InputError("tsrfast.ConvReLU: mean and std must be given together, got only one of them")
-        for name, values in (("mean", mean), ("std", std)):
-            buffer = None
-            if values is not None:
-                try:
-                    numbers = [float(v) for v in values]
-                except (TypeError, ValueError):
-                    numbers = []
-                bad = len(numbers) != self.image[0] or not all(math.isfinite(v) for v in numbers)
-                if bad or (name == "std" and min(numbers) <= 0):
-                    wanted = f"{self.image[0]} finite {'positive ' if name == 'std' else ''}numbers"
-                    raise InputError(f"tsrfast.ConvReLU: {name} must be {wanted}, got {values!r}")
-                buffer = torch.tensor(numbers).view(-1, 1, 1)
-            self.register_buffer(name, buffer)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What `from_config` needs to build a net of this architecture: plain numbers and lists, fit for JSON."""
-        return {
-            "widths": list(self.widths),
-            "batch_norm": self.batch_norm,
-            "image": list(self.image),
-            "classes": self.classes,
-            "mean": None if self.mean is None else self.mean.flatten().tolist(),
-            "std": None if self.std is None else self.std.flatten().tolist(),
-        }
-
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, seed: int = 0) -> ConvReLU:
-        """A net of the architecture that `config` describes, with fresh weights from `seed`.
-
-        Raises:
-            InputError: an unknown key, a missing `widths`, or a value that the constructor refuses.
-        """
-        if not isinstance(config, Mapping):
-            raise InputError(f"tsrfast.ConvReLU.from_config: config must be a mapping, got {type(config).__name__}")
-        for key in config:
-            if key not in _CONFIG:
-                raise unknown("ConvReLU config key", str(key), _CONFIG)
+    def from_config(cls: type[NetT], config: Mapping[str, Any], *, seed: int = 0) -> NetT:
+        """As `Classifier.from_config`; the config must name the widths, though the constructor has a default."""
+        net = super().from_config(config, seed=seed)
         if "widths" not in config:
             raise InputError("tsrfast.ConvReLU.from_config: config must name widths")
-        return cls(**config, seed=seed)
+        return net
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes] of pixels [N, C, H, W] in [0, 1]."""
-        h = self._input(x)
+        h = self.normalise(x)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = norm(F.relu(conv(h)))
         return self.head(h.flatten(1))
@@ -134,7 +92,7 @@ class ConvReLU(nn.Module):
 
         Through the net's compiled chain where there is one, in eval mode, and nothing asks for gradients.
         """
-        h, kept = self._input(x), []
+        h, kept = self.normalise(x), []
         own = type(self).forward is ConvReLU.forward and not any(m.training for m in self.modules())
         if own and not torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu":
             names = [*(f"convs.{layer}+relu" for layer in range(len(self.convs))), "head"]
@@ -153,17 +111,16 @@ class ConvReLU(nn.Module):
         """Per conv layer the activations [N, C_l, H_l, W_l]: after the ReLU, before batch normalisation."""
         return self.features(x)[1]
 
-    def _input(self, x: Tensor) -> Tensor:
-        # A tracer's proxy is not a Tensor and has no shape to compare.
+    def normalise(self, x: Tensor) -> Tensor:
+        """`x` as the first convolution wants it.
+
+        Raises:
+            InputError: `x` is not [N, C, H, W] of the net's image.
+        """
         if isinstance(x, Tensor) and (x.ndim != 4 or tuple(x.shape[1:]) != self.image):
             c, h, w = self.image
             raise InputError(f"tsrfast.ConvReLU: x must have shape [N, {c}, {h}, {w}], got {list(x.shape)}")
-        if self.mean is None or self.std is None:
-            return x
-        return (x - self.mean) / self.std
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in self.config.items())
+        return super().normalise(x)
 
 
 def init_(model: ModuleT, seed: int) -> ModuleT:
