@@ -25,6 +25,7 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 void bind_chain(py::module_& cpu, py::module_& cuda);
 void bind_channel_correlation(py::module_& cpu, py::module_& cuda);
+void bind_hyperplane_projection(py::module_& cpu, py::module_& cuda);
 void bind_pgd_step(py::module_& cpu, py::module_& cuda);
 void bind_philox_uniform(py::module_& cpu, py::module_& cuda);
 void bind_relu_gate(py::module_& cpu, py::module_& cuda);

@@ -16,6 +16,7 @@ PYBIND11_MODULE(TSR_MODULE, m) {
   auto cuda = m.def_submodule("cuda");  // empty without CUDA
   bind_chain(cpu, cuda);
   bind_channel_correlation(cpu, cuda);
+  bind_hyperplane_projection(cpu, cuda);
   bind_pgd_step(cpu, cuda);
   bind_philox_uniform(cpu, cuda);
   bind_relu_gate(cpu, cuda);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/channel_correlation.h"
+#include "core/hyperplane_projection.h"
 #include "core/pgd_step.h"
 #include "core/philox_uniform.h"
 #include "core/relu_gate.h"
@@ -125,6 +126,32 @@ void pgd_step(Norm norm, Dtype dtype, int64_t n, int64_t d, bool targeted, bool 
   same_bits("bad", bad_emulated, bad_cpu);
 }
 
+// Some within reach of the box, some not, one without an offset; sums in different orders (what is left over for one
+// pixel in l1 is divided by its weight).
+template <class T>
+void hyperplane_projection(Norm norm, Dtype dtype, int64_t n, int64_t d) {
+  const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
+  Random r{uint64_t(n * 1000 + d)};
+  std::vector<double> points(n * d), normals(n * d), offsets(n);
+  for (int64_t i = 0; i < n * d; ++i) {
+    points[i] = i % 11 == 0 ? double(i % 2) : r.uniform();
+    normals[i] = i % 7 == 3 ? 0.0 : i % 29 == 17 ? nan : i % 31 == 19 ? inf : r.normal();
+  }
+  const auto t = stored<T>(points), w = stored<T>(normals);
+  for (int64_t i = 0; i < n; ++i) {
+    double value = 0, size = 0;
+    for (int64_t j = i * d; j < i * d + d; ++j)
+      if (is_finite(load(w[j]))) value += double(load(w[j])) * double(load(t[j])), size += std::fabs(load(w[j]));
+    offsets[i] = i % 5 == 4 ? nan : value + size * (i % 5 == 0 ? 0.1 : i % 5 == 1 ? -0.2 : i % 5 == 2 ? 2.0 : -0.01);
+  }
+  auto emulated = unwritten<T>(n * d), cpu = emulated;
+  HyperplaneProjection a{t.data(), w.data(), offsets.data(), emulated.data(), 0.0, 1.0, n, d, norm, dtype};
+  hyperplane_projection_cuda(a, 0, nullptr);
+  a.out = cpu.data();
+  hyperplane_projection_cpu(a, 1);
+  same_all("d", emulated, cpu, std::fmax(kEps<T>, 1e-12));
+}
+
 template <class T>
 void relu_gate(Dtype dtype, int64_t n, int64_t d) {
   Random r{uint64_t(n * 1000 + d)};
@@ -215,6 +242,13 @@ void all(const std::string& level) {
         const bool targeted = d == 31, in_place = d == 257;
         at(norms[norm], name, {n, d});
         pgd_step<T>(Norm(norm), dtype, n, d, targeted, in_place);
+      }
+    const char* const nearest[] = {"hyperplane_projection linf", "hyperplane_projection l2",
+                                   "hyperplane_projection l1"};
+    for (int norm = 0; norm < 3; ++norm)
+      for (const auto& [n, d] : {std::pair<int64_t, int64_t>{1, 1}, {5, 31}, {2, 257}, {0, 5}}) {
+        at(nearest[norm], name, {n, d});
+        hyperplane_projection<T>(Norm(norm), dtype, n, d);
       }
     at("pgd_step linf", name, {2, 1030});  // more than one block an image
     pgd_step<T>(Norm::linf, dtype, 2, 1030, false, false);

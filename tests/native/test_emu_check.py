@@ -60,6 +60,14 @@ def test_pgd_step_in_any_order(emulated, norm, eps, step):
     assert bad.tolist() == want_bad.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_hyperplane_projection_in_any_order(emulated, norm):
+    t, w = (maps(3, 300) / 4 + 0.5).clamp(0, 1), maps(3, 300, seed=1)
+    b = (w * t).sum(1) + torch.tensor([1.0, -30.0, 1000.0])  # the last is out of reach
+    got, want = emulated(lambda: ops.hyperplane_projection(t, w, b, norm=norm))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)  # one rounding: sums run in other orders
+
+
 def test_relu_gate_in_any_order(emulated):
     z, v = maps(3, 5, 7, 9), maps(3, 5, 7, 9, seed=1)
     (a, gate), (want, want_gate) = emulated(lambda: ops.relu_gate(z))

@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-OPS = ["channel_correlation", "pgd_step", "philox_uniform", "relu_gate"]
+OPS = ["channel_correlation", "hyperplane_projection", "pgd_step", "philox_uniform", "relu_gate"]
 
 
 class Fault(NamedTuple):
@@ -43,6 +43,13 @@ FAULTS = {
     "stride forgets a warp": Fault("pgd_step.cu", "j += kThreads", "j += kThreads - 32"),
     "shared memory too small": Fault("pgd_step.cu", "32 * sizeof(double)", "4 * sizeof(double)"),
     "every lane adds the warp's count": Fault("pgd_step.cu", "if (nan && threadIdx.x % 32 == 0)", "if (nan)"),
+    "projection forgets a warp": Fault("hyperplane_projection.cu", "j += kThreads", "j += kThreads - 32"),
+    "projection writes one too far": Fault(
+        "hyperplane_projection.cu",
+        "j < d; j += kThreads) {\n      const Coordinate x = at(j);",
+        "j <= d; j += kThreads) {\n      const Coordinate x = at(j);",
+    ),
+    "projection of the first image": Fault("hyperplane_projection.cu", "a.b[i] ? 1.0", "a.b[0] ? 1.0"),
     "gate bit of the wrong lane": Fault("relu_gate.cu", "a.gate[w] >> lane & 1u", "a.gate[w] >> (lane ^ 1) & 1u"),
     "vote inside a branch": Fault(
         "relu_gate.cu", "const uint32_t bits = __ballot", "if (!there) continue;\n    const uint32_t bits = __ballot"

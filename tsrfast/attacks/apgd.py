@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from tsrfast.attacks import native
 from tsrfast.attacks.attack import Attack, Terms
-from tsrfast.attacks.eager import Evaluation, evaluate
+from tsrfast.attacks.eager import Evaluation, as_dense, evaluate, finite
 from tsrfast.attacks.loop import Attempt, Batch, Best, select
 from tsrfast.attacks.losses import Loss, TargetedDLR, resolve
 from tsrfast.attacks.starts import random_start
 from tsrfast.attacks.threat import Threat, check_count
 from tsrfast.errors import InputError, unknown
 from tsrfast.ops import pgd_step, pgd_step_
-from tsrfast.ops._register import same_layout
 
 KEEPS = ("first", "last", "best")
 
@@ -357,14 +356,14 @@ def _step_linf(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
     """The next iterate, and int64 ``[n]`` gradient entries without a direction."""
     t = batch.threat
     x = torch.empty_like(batch.x0).copy_(s.x)
-    g = _as_dense(s.gradient, batch.x0)
+    g = as_dense(s.gradient, batch.x0)
     bad = pgd_step_(x, batch.x0, g, step_size=s.step.flatten(), eps=t.eps, norm="linf", lo=t.lo, hi=t.hi)
     return _project(s.x + (x - s.x) * a + (s.x - s.previous) * (1 - a), batch), bad
 
 
 def _step_l2(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
     t, radius = batch.threat, _radius(batch, s.x)
-    g, bad = _finite(s.gradient)
+    g, bad = finite(s.gradient)
 
     def project(x: Tensor) -> Tensor:
         # As the authors' code: not the bits of `pgd_step`, which leaves points inside the ball as they are.
@@ -377,7 +376,7 @@ def _step_l2(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
 
 def _step_l1(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
     """Without momentum."""
-    g, bad = _finite(s.gradient)
+    g, bad = finite(s.gradient)
     d, size = g[0].numel(), g.abs()
     place = ((1.0 - s.sparsity) * d).clamp(0, d - 1).long()
     least = size.flatten(1).sort(1)[0].gather(1, place[:, None]).squeeze(1)
@@ -386,24 +385,11 @@ def _step_l1(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
     return _project(s.x + s.step * signs / _wide(share, signs).to(s.x.dtype), batch), bad
 
 
-def _finite(g: Tensor) -> tuple[Tensor, Tensor]:
-    """`g` with 0 for NaN and infinities, and their number, int64 ``[n]``."""
-    if g.sum().isfinite():  # one pass, and usual
-        return g, torch.zeros(len(g), dtype=torch.int64, device=g.device)
-    lost = ~g.isfinite()
-    return g.masked_fill(lost, 0.0), lost.flatten(1).sum(1)
-
-
 def _project(x: Tensor, batch: Batch) -> Tensor:
     """Into ball and box: a step of no length."""
     t = batch.threat
-    x = _as_dense(x, batch.x0)
+    x = as_dense(x, batch.x0)
     return pgd_step(x, batch.x0, x, step_size=0.0, eps=t.eps, norm=t.norm, lo=t.lo, hi=t.hi)[0]
-
-
-def _as_dense(t: Tensor, x0: Tensor) -> Tensor:
-    """In x0's strides: where they are ambiguous (one image), selects and sums may choose others."""
-    return t if same_layout(t, x0) else torch.empty_like(x0).copy_(t)
 
 
 def _radius(batch: Batch, x: Tensor) -> Tensor:

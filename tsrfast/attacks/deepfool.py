@@ -79,7 +79,7 @@ class DeepFool(Attack):
             if final or not len(standing):
                 break
             # Before the fallen are left out: in PyTorch the graph is that of all.
-            gradients = _gradients(network, at, others, standing)
+            gradients = gap_gradients(network, at, others, standing)
             batch, total, others, at = batch.only(standing), select(total, standing), others[standing], at.only(standing)
             move, count = _nearest(at, others, gradients, total)
             bad[batch.rows] += count
@@ -123,7 +123,7 @@ def _nearest(at: Evaluation, others: Tensor, gradients: Iterable[Tensor], like: 
     return move, count
 
 
-def _gradients(network: nn.Module, at: Evaluation, others: Tensor, standing: Tensor) -> Iterable[Tensor]:
+def gap_gradients(network: nn.Module, at: Evaluation, others: Tensor, standing: Tensor) -> Iterable[Tensor]:
     """Of z_other - z_label with respect to x, for the standing images: like x, for each of `others` ``[n, k]``."""
     if isinstance(network, Differentiable):
         chain = network.chain
