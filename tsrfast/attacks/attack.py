@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -178,7 +179,7 @@ class Attack:
 
 
 class LoopAttack(Attack):
-    """An attack that `run_loop` runs, in PyTorch or in native code."""
+    """An attack that `run_loop` runs: in native code, in Python on compiled networks, or in PyTorch."""
 
     def _recipe(self) -> Recipe:
         raise TypeError(f"{type(self).__name__} must define _recipe()")
@@ -189,6 +190,12 @@ class LoopAttack(Attack):
 
     def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
         recipe = self._recipe()
+        beyond = native.beyond(recipe)
+        if beyond is not None:
+            route, in_python = super()._method(model, x)
+            if route.path == "chain":
+                route = Route("chain", f"{route.reason}, under the loop in Python: {beyond}")
+            return route, in_python
         route, chains = native.choose(recipe, model, x)
         if chains is not None:
             return route, partial(native.run, chains, recipe)
@@ -199,6 +206,13 @@ class LoopAttack(Attack):
                 return run_loop(engine, recipe, own_copy(x), y, index, judge)
 
         return route, method
+
+    def _attack(self, network: nn.Module, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
+        recipe = self._recipe()
+        teachers = [native.callable_network(m, x0, recipe.engine, who="teacher")[0] for m in recipe.loss.models()]
+        recipe = dataclasses.replace(recipe, loss=recipe.loss.with_models(*teachers))
+        with evaluating(*(m for m in recipe.loss.models() if isinstance(m, nn.Module))):
+            return run_loop(partial(eager.attempt, network, recipe), recipe, x0, y, index, judge)
 
 
 def _check_integers(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:

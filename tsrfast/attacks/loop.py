@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsrfast.attacks.direction import Direction
 from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.starts import random_start
 from tsrfast.attacks.threat import Threat
@@ -49,6 +50,7 @@ class Recipe:
     seed: int
     on_step: Callable[[StepState], None] | None
     engine: str
+    direction: Direction | None = None  # None: the gradient at the iterate
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ not averaged, over images, so that an image's step does not depend on its batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -77,14 +78,34 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True)
 class Margin(Loss):
-    """max_{k != y} s_k - s_y, the linf form of Carlini & Wagner (2017). Adversarial: argmax s(x') != y."""
+    """max_{k != y} s_k - s_y, the linf form of Carlini & Wagner (2017). Adversarial: argmax s(x') != y.
+
+    Args:
+        least, most: bounds of the value; no gradient beyond them. An attack that is confident enough at `most` drives no further (a
+            targeted one at `least`).
+
+    Raises:
+        InputError: not least <= most.
+    """
 
     name: ClassVar[str] = "margin"
     needs_labels: ClassVar[bool] = True
 
+    least: float = -math.inf
+    most: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.least <= self.most:
+            raise InputError(f"tsrfast.attacks.Margin: least must be <= most, got least={self.least}, most={self.most}")
+
+    @property
+    def bounded(self) -> bool:
+        return math.isfinite(self.least) or math.isfinite(self.most)
+
     def __call__(self, x: Tensor, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         assert y is not None
-        return _gap(logits, y), y
+        gap = _gap(logits, y)
+        return gap.clamp(self.least, self.most) if self.bounded else gap, y
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,15 @@ def check_engine(engine: str) -> None:
         raise unknown("engine", engine, ENGINES)
 
 
+def beyond(recipe: Recipe) -> str | None:
+    """What the native loop cannot do, but the one in Python can, on compiled networks too; None: nothing."""
+    if recipe.direction is not None:
+        return "native code has no momentum"
+    if type(recipe.loss) is Margin and recipe.loss.bounded:
+        return "native code has no bounds of the margin"
+    return None
+
+
 def choose(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Chains | None]:
     """The route of an attack on `model`, and the compiled networks if it is the chain's.
 
@@ -68,10 +77,12 @@ def choose(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None) -> tuple[
     """
     networks = (model, *recipe.loss.models())
     reason = None
-    if recipe.engine != "eager" and recipe.on_step is not None:
-        reason = "on_step is called from PyTorch's loop"
-    elif recipe.engine != "eager" and type(recipe.loss) not in NATIVE_LOSSES:
-        reason = f"native code does not know the loss {type(recipe.loss).__name__}"
+    if recipe.engine != "eager":
+        reason = beyond(recipe)
+        if recipe.on_step is not None:
+            reason = "on_step is called from PyTorch's loop"
+        elif type(recipe.loss) not in NATIVE_LOSSES:
+            reason = f"native code does not know the loss {type(recipe.loss).__name__}"
     route, chains = _route(networks, x, recipe.engine, reason)
     return route, None if chains is None else Chains(chains[0], chains[1] if len(chains) > 1 else None)
 

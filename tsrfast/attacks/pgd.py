@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tsrfast.attacks.attack import LoopAttack
+from tsrfast.attacks.direction import Direction
 from tsrfast.attacks.loop import Recipe, StepState
 from tsrfast.attacks.losses import Loss, resolve
 from tsrfast.attacks.native import check_engine
@@ -35,6 +37,7 @@ class PGD(LoopAttack):
         on_step: called with a `StepState` at each step.
         early_stop: an image stops at its first adversarial iterate (the start included), which is returned; only the others go on.
             For evaluation: success is that of ``keep="best"``, for less work; the loss is not driven further.
+        momentum: share mu of the velocity that stays at each step (`MIM` says what it does and has more of the kind); 0: none.
         engine: ``auto`` takes native code where it can (`plan` says whether and why); ``eager`` always PyTorch; ``chain`` native code,
             or an error that says why not.
 
@@ -57,6 +60,7 @@ class PGD(LoopAttack):
     on_step: Callable[[StepState], None] | None = None
     early_stop: bool = False
     engine: str = "auto"
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         self._recipe()
@@ -71,6 +75,8 @@ class PGD(LoopAttack):
         if self.keep not in ("last", "best"):
             raise unknown("keep", self.keep, ("last", "best"))
         check_engine(self.engine)
+        if not 0 <= self.momentum < math.inf:
+            raise InputError(f"tsrfast.attacks: momentum must be >= 0 and finite, got {self.momentum}")
         return Recipe(
             threat,
             resolve(self.loss),
@@ -84,4 +90,5 @@ class PGD(LoopAttack):
             self.seed,
             self.on_step,
             self.engine,
+            Direction(self.momentum) if self.momentum else None,
         )
