@@ -21,6 +21,9 @@ from tsrfast.ops import philox_uniform
 # Draws of the random numbers: far from those of the random starts, which count from 0 (`starts.py`).
 _FIRST_DRAW = 2**31
 
+# Squares of so many iterations are drawn at once.
+_AHEAD = 64
+
 _TINY = 1e-12  # keeps norms of 0 from dividing
 
 # Up to which iteration (of 10000) the share p of pixels in a square is p_init / 2^k, k = 0, 1, ...; later k = 9.
@@ -98,53 +101,31 @@ class Square(Attack):
 
     def _search(self, network: nn.Module, loss: Loss, batch: Batch, restart: int, best: Best, queries: Tensor) -> None:
         """One restart for the images of `batch`: those that fall go into `best`."""
-        x = batch.x0.clone()
-        held = torch.full((len(x),), -torch.inf, dtype=best.loss.dtype, device=x.device)
+        kind: type[_Proposals] = _Squares if self.norm == "linf" else _Patterns
+        search = kind(self, batch, _FIRST_DRAW + restart * (self.queries + 1))
+        held = torch.full((len(batch.rows),), -torch.inf, dtype=best.loss.dtype, device=batch.x0.device)
         for i in range(self.queries + 1):
-            proposal = self._propose(batch, x, i - 1, _FIRST_DRAW + restart * (self.queries + 1) + i)
+            proposal = search.start() if i == 0 else search.propose(i - 1)
             at = evaluate(network, loss.only(batch.rows), self.targeted, proposal, batch.y, gradient=False, first=False)
-            queries[batch.rows] += 1
             score = (-at.loss if self.targeted else at.loss).nan_to_num(nan=-torch.inf)
-            # Few are better, so indices and not a select. The start is taken as it is.
-            better = ((score > held) | (i == 0)).nonzero().squeeze(1)
-            x[better], held[better] = proposal[better], score[better]
             fallen = at.adversarial
-            if bool(fallen.any()):
+            any_fallen = bool(fallen.any())
+            if any_fallen:
                 best.take(fallen, at.candidate, batch.rows)
+                queries[batch.rows[fallen]] += i + 1
+            if i == 0:
+                held = score
+            else:
+                better = score > held
+                search.settle(better)
+                held = torch.where(better, score, held)
+            if any_fallen:
                 standing = (~fallen).nonzero().squeeze(1)
                 if not len(standing):
                     return
-                batch, x, held = batch.only(standing), select(x, standing), held[standing]
-
-    def _propose(self, batch: Batch, x: Tensor, iteration: int, draw: int) -> Tensor:
-        """What to ask about next: images as x, which is the best so far; iteration -1: the start."""
-        x0, t = batch.x0, batch.threat
-        # Half precision holds neither eps^2 nor the sums.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        eps = torch.as_tensor(t.eps, dtype=exact, device=x.device).reshape(-1, 1, 1, 1)
-        c, h, w = x.shape[1:]
-
-        def uniform(count: int) -> Tensor:
-            return philox_uniform(self.seed, batch.index, count, draw=draw).double()
-
-        if t.norm == "linf":
-            if iteration < 0:
-                stripes = _signs(uniform(c * w), exact).reshape(-1, c, 1, w)
-                return (x0 + eps * stripes).clamp(t.lo, t.hi).to(x.dtype)
-            side = self._side(iteration, h, w, 1)
-            u = uniform(2 + c)
-            square = _window(*_corner(u[:, :2], side, h, w), side, c)
-            proposal = x.clone()
-            # x + 2 eps (+-1), projected: every pixel of x is at x0 - eps or x0 + eps, up to the box.
-            proposal[square] = (x0[square] + eps * _signs(u[:, 2:], exact)[:, :, None, None]).clamp(t.lo, t.hi).to(x.dtype)
-            return proposal
-
-        if iteration < 0:
-            side = max(min(h, w) // 5, 1)
-            delta = _tiles(uniform((1 + c) * (h // side) * (w // side)), side, x0.to(exact))
-        else:
-            delta = _shift(uniform(5 + c), self._side(iteration, h, w, 3), x.to(exact) - x0, eps)
-        return torch.addcmul(x0.to(exact), delta, eps / (_norm(delta, (1, 2, 3)) + _TINY)).clamp_(t.lo, t.hi).to(x.dtype)
+                batch, held = batch.only(standing), held[standing]
+                search.keep_only(batch, standing)
+        queries[batch.rows] += self.queries + 1
 
     def _side(self, iteration: int, height: int, width: int, least: int) -> int:
         """Of the square at this iteration, from 0; at least 3 means also odd."""
@@ -157,16 +138,162 @@ class Square(Attack):
         return min(side, height, width)
 
 
-def _corner(u: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Top row and left column, int64 ``[n]``, of squares within the image, from uniform numbers ``[n, 2]`` (float64: never 1)."""
-    return (u[:, 0] * (height - side + 1)).long(), (u[:, 1] * (width - side + 1)).long()
+class _Proposals:
+    """What to ask about next, from the best so far; one for each restart."""
+
+    x: Tensor  # the best so far
+
+    def __init__(self, attack: Square, batch: Batch, draw: int) -> None:
+        self.attack, self.draw = attack, draw
+        # Half precision holds neither eps^2 nor the sums.
+        self.exact = torch.promote_types(batch.x0.dtype, torch.float32)
+        self.of_batch(batch)
+
+    def of_batch(self, batch: Batch) -> None:
+        """These images from now on."""
+        self.batch = batch
+        eps = torch.as_tensor(batch.threat.eps, dtype=self.exact, device=batch.x0.device)
+        self.eps = eps.reshape(-1, 1, 1, 1)
+
+    def keep_only(self, batch: Batch, rows: Tensor) -> None:
+        """`batch` is what stands: the images at these positions."""
+        self.of_batch(batch)
+        self.x = select(self.x, rows)
+
+    def uniform(self, count: int, iteration: int) -> Tensor:
+        """Float64 ``[n, count]``; iteration -1: for the start."""
+        return philox_uniform(self.attack.seed, self.batch.index, count, draw=self.draw + 1 + iteration).double()
+
+    def start(self) -> Tensor:
+        """The first images; they are the best so far."""
+        self.x = self.first()
+        return self.x
+
+    def first(self) -> Tensor:
+        raise NotImplementedError
+
+    def propose(self, iteration: int) -> Tensor:
+        """Images to ask about, to be read before `settle`."""
+        raise NotImplementedError
+
+    def settle(self, better: Tensor) -> None:
+        """Which of them (bool ``[n]``) are the best so far."""
+        raise NotImplementedError
 
 
-def _window(top: Tensor, left: Tensor, side: int, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices into images, all channels, of a square in each of them: what they index is ``[n, channels, side, side]``."""
-    image, channel, reach = (torch.arange(k, device=top.device) for k in (len(top), channels, side))
-    row, column = top[:, None] + reach, left[:, None] + reach
-    return image[:, None, None, None], channel[:, None, None], row[:, None, :, None], column[:, None, None, :]
+class _Squares(_Proposals):
+    """linf: every pixel is at x0 - eps or x0 + eps, up to the box; in one square, each channel goes to one of them.
+
+    A square is a small part of an image: it is written into the best so far, and written back where that is not better.
+    """
+
+    ends: list[Tensor]  # of every pixel: the images x0 - eps and x0 + eps
+    both: Tensor  # their memory, one after the other
+    flat: Tensor  # that of x
+    begin: int  # of the iterations whose squares are known
+    end: int
+    u: Tensor  # their random numbers, [k, n, 2 + c]
+    sides: list[int]
+    corners: Tensor
+    which: Tensor
+    windows: dict[int, Tensor]  # by side
+
+    def of_batch(self, batch: Batch) -> None:
+        super().of_batch(batch)
+        self.begin = self.end = 0
+        self.windows = {}
+
+    def keep_only(self, batch: Batch, rows: Tensor) -> None:
+        begin, end = self.begin, self.end
+        super().keep_only(batch, rows)
+        self.ends = [select(t, rows) for t in self.ends]
+        if begin < end:
+            self.begin, self.end, self.u = begin, end, self.u[:, rows]
+            self._lay_out()
+
+    def first(self) -> Tensor:
+        x0, t = self.batch.x0, self.batch.threat
+        _, c, _, w = x0.shape
+        self.ends = [(x0 + self.eps * sign).clamp(t.lo, t.hi).to(x0.dtype) for sign in (-1.0, 1.0)]
+        up = (self.uniform(c * w, -1) >= 0.5).reshape(-1, c, 1, w)
+        return torch.empty_like(x0).copy_(torch.where(up, self.ends[1], self.ends[0]))
+
+    def propose(self, iteration: int) -> Tensor:
+        if iteration >= self.end:
+            count = 2 + self.x.shape[1]
+            self.begin, self.end = iteration, min(iteration + _AHEAD, self.attack.queries)
+            self.u = torch.stack([self.uniform(count, i) for i in range(self.begin, self.end)])
+            self._lay_out()
+        k, side = iteration - self.begin, self.sides[iteration - self.begin]
+        if side not in self.windows:
+            self.windows[side] = _window(side, self.x)
+        self.where = self.corners[k] + self.windows[side]
+        self.before = self.flat.take(self.where)
+        self.after = self.both.take(self.where + self.which[k])
+        self.flat.put_(self.where, self.after)
+        return self.x
+
+    def settle(self, better: Tensor) -> None:
+        self.flat.put_(self.where, torch.where(better[:, None, None, None], self.after, self.before))
+
+    def _lay_out(self) -> None:
+        """Where the squares of the known iterations are in memory: `corners` [k, n, 1, 1, 1]; `which` end their channels go to, [k, n, c, 1, 1]."""
+        h, w = self.x.shape[2:]
+        self.sides = [self.attack._side(i, h, w, 1) for i in range(self.begin, self.end)]
+        side = torch.tensor(self.sides, device=self.x.device)[:, None]
+        top, left = _corner(self.u[..., :2], side, h, w)
+        image, _, row, column = self.x.stride()
+        images = torch.arange(len(self.x), device=self.x.device) * image
+        self.corners = (images + top * row + left * column)[..., None, None, None]
+        self.which = ((self.u[..., 2:] >= 0.5) * self.x.numel())[..., None, None]
+        self.flat = _memory(self.x)
+        self.both = torch.cat([_memory(t) for t in self.ends])
+
+
+class _Patterns(_Proposals):
+    """l2: patterns whose norm is moved between two squares."""
+
+    proposal: Tensor
+
+    def first(self) -> Tensor:
+        x0 = self.batch.x0
+        h, w = x0.shape[2:]
+        side = max(min(h, w) // 5, 1)
+        u = self.uniform((1 + x0.shape[1]) * (h // side) * (w // side), -1)
+        return self._of(_tiles(u, side, x0.to(self.exact)))
+
+    def propose(self, iteration: int) -> Tensor:
+        _, c, h, w = self.x.shape
+        delta = self.x.to(self.exact) - self.batch.x0
+        self.proposal = self._of(_shift(self.uniform(5 + c, iteration), self.attack._side(iteration, h, w, 3), delta, self.eps))
+        return self.proposal
+
+    def settle(self, better: Tensor) -> None:
+        rows = better.nonzero().squeeze(1)  # few
+        self.x[rows] = self.proposal[rows]
+
+    def _of(self, delta: Tensor) -> Tensor:
+        """The image of this change, as long as the ball is wide."""
+        x0, t = self.batch.x0, self.batch.threat
+        moved = torch.addcmul(x0.to(self.exact), delta, self.eps / (_norm(delta, (1, 2, 3)) + _TINY))
+        return moved.clamp_(t.lo, t.hi).to(x0.dtype)
+
+
+def _memory(t: Tensor) -> Tensor:
+    """The numbers of a dense tensor in the order in which they lie in memory, as a view."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def _corner(u: Tensor, side: int | Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Top row and left column, int64 ``[...]``, of squares within the image, from uniform numbers ``[..., 2]`` (float64: never 1)."""
+    return (u[..., 0] * (height - side + 1)).long(), (u[..., 1] * (width - side + 1)).long()
+
+
+def _window(side: int, like: Tensor) -> Tensor:
+    """Where in memory the pixels of a square are, from its corner on: int64 ``[c, side, side]``."""
+    channel, reach = (torch.arange(k, device=like.device) for k in (like.shape[1], side))
+    strides = like.stride()
+    return channel[:, None, None] * strides[1] + reach[:, None] * strides[2] + reach * strides[3]
 
 
 @lru_cache(maxsize=64)
@@ -217,14 +344,18 @@ def _tiles(u: Tensor, side: int, like: Tensor) -> Tensor:
 def _shift(u: Tensor, side: int, delta: Tensor, eps: Tensor) -> Tensor:
     """A step of the l2 attack (paper, algorithm 3): a new pattern in one square, with the norm of that square, of a second one, which
     becomes 0, and what is left of eps."""
-    _, c, h, w = delta.shape
-    to, away = (_window(*_corner(u[:, i : i + 2], side, h, w), side, c) for i in (0, 2))
-    old, moved = delta[to], delta[away].square().sum((2, 3), keepdim=True)
-    out = delta.clone()
-    out[away] = 0
-    moved = moved + out[to].square().sum((2, 3), keepdim=True)  # of both squares, what they share counted once
+    n, c, h, w = delta.shape
+    image, _, row, column = delta.stride()
+    corners = [_corner(u[:, i : i + 2], side, h, w) for i in (0, 2)]
+    images, window = torch.arange(n, device=delta.device) * image, _window(side, delta)
+    to, away = ((images + top * row + left * column)[:, None, None, None] + window for top, left in corners)
+    out = torch.empty_like(delta).copy_(delta)
+    flat = _memory(out)
+    old, moved = flat.take(to), flat.take(away).square().sum((2, 3), keepdim=True)
+    flat.put_(away, torch.zeros_like(old))
+    moved = moved + flat.take(to).square().sum((2, 3), keepdim=True)  # of both squares, what they share counted once
     unspent = (eps.square() - _norm(delta, (1, 2, 3)).square()).clamp_min(0)
     new = _oriented(u[:, 4:5] < 0.5, side, delta) * _signs(u[:, 5:], delta.dtype)[:, :, None, None]
     new = new + old / (_norm(old, (2, 3)) + _TINY)
-    out[to] = new / (_norm(new, (2, 3)) + _TINY) * (unspent / c + moved).sqrt()
+    flat.put_(to, new / (_norm(new, (2, 3)) + _TINY) * (unspent / c + moved).sqrt())
     return out

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from tsrfast._files import atomic_write
+from tsrfast._identity import describe, digest
 from tsrfast._modes import evaluating
 from tsrfast.errors import InputError, unknown
 from tsrfast.nets.checkpoint import architecture, save_checkpoint
-from tsrfast.training.identity import describe, digest
 from tsrfast.training.objectives.protocol import Objective
 from tsrfast.training.schedule import Constant, Schedule, parse_schedule
 from tsrfast.training.state import Progress, load_state, save_state

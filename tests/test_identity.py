@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tsrfast._identity import describe, digest, tensor_hash
 from tsrfast.nets import ConvReLU
-from tsrfast.training.identity import describe, digest, tensor_hash
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a training run depends on, as JSON values and as a hash: a resumed run is checked against the first one."""
+"""What a run depends on, as JSON values and as a hash: a resumed run is checked against the first one. Open to all rooms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def describe(value: Any) -> Any:
-    """`value` as JSON values that are equal when training with it is the same.
+    """`value` as JSON values that are equal when a run with it is the same.
 
     Tensors and modules become hashes of their content (a module: its state_dict, not its mode), dataclasses and other
     objects their type and public attributes, functions their qualified name (what a closure captured is not seen;
