@@ -2,6 +2,7 @@
 
 from tsrfast.training.objectives import Objective, OracleAdversarial, TeacherLabels, TeacherLogits, TrueLabels
 from tsrfast.training.schedule import Constant, Cosine, Piecewise, Schedule, parse_schedule
+from tsrfast.training.substitute import SubstituteResult, train_substitute
 from tsrfast.training.trainer import TrainResult, train
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "OracleAdversarial",
     "Piecewise",
     "Schedule",
+    "SubstituteResult",
     "TeacherLabels",
     "TeacherLogits",
     "TrainResult",
     "TrueLabels",
     "parse_schedule",
     "train",
+    "train_substitute",
 ]
