@@ -11,30 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from tsrfast.cli import main
-
 FAST = [
     "fig2",
     "--preset",
     "smoke",
     *(f"--set={s}" for s in ("train_images=32", "student_images=8", "teacher_epochs=1", "widths=2,2,2,2")),
 ]
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """call(words...) -> (exit code, standard output, standard error)"""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tsrfast", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as e:
-            code = e.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def check_refusal(result, code, message, out=None):

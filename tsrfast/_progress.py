@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 EVERY = 10.0  # seconds between plain lines
 
-Update = Callable[[int, int, str], None]
+# Steps done, of how many, a note, and how many of them were done before this run (0): they say nothing about the rate.
+Update = Callable[..., None]
 
 
 class Reporter:
@@ -41,21 +42,21 @@ class Reporter:
             with Progress(*columns, console=self._console, transient=True) as bar:
                 task = bar.add_task(name, total=None, rate="", note="")
 
-                def update(done: int, total: int, note: str = "") -> None:
-                    rate = f"{done / max(time.monotonic() - began, 1e-9):.1f}/s"
+                def update(done: int, total: int, note: str = "", before: int = 0) -> None:
+                    rate = f"{(done - before) / max(time.monotonic() - began, 1e-9):.1f}/s"
                     bar.update(task, completed=done, total=total, rate=rate, note=note)
 
                 yield update
         else:
             last = began
 
-            def update(done: int, total: int, note: str = "") -> None:
+            def update(done: int, total: int, note: str = "", before: int = 0) -> None:
                 nonlocal last
                 now = time.monotonic()
-                if now - last < EVERY or done == 0:
+                if now - last < EVERY or done <= before:
                     return
                 last = now
-                rate = done / (now - began)
+                rate = (done - before) / (now - began)
                 self.say(f"  {name}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left {note}".rstrip())
 
             yield update

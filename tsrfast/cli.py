@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -52,26 +55,135 @@ def reproduce(
     ] = None,
 ) -> None:
     """Reproduce tables and figures of the paper beside the published numbers."""
+    from tsrfast._machine import choose_device
+    from tsrfast._progress import Reporter
     from tsrfast.suite.presets import preset as choose_preset
-    from tsrfast.suite.progress import Reporter
-    from tsrfast.suite.reproduce import choose_device
     from tsrfast.suite.reproduce import reproduce as run
 
     reporter = Reporter()
     chosen, where = choose_preset(preset, set_ or []), choose_device(device)
-    try:
+    with _interruptible("the same command goes on from here"):
         print(run(experiments or [], chosen, data, out, where, seed, reporter))
-    except KeyboardInterrupt:  # here, because typer turns those that reach it into a silent exit
-        print("tsrfast: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+
+
+Model = Annotated[Path, typer.Option(help="Checkpoint of a network (safetensors, from tsrfast.nets.save_checkpoint).")]
+Data = Annotated[str, typer.Option(help="synthetic, cifar10:PATH or folder:PATH.")]
+Split = Annotated[str, typer.Option(help="test or train.")]
+Limit = Annotated[int | None, typer.Option(help="The first so many images; all when not given.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
+Norm = Annotated[str | None, typer.Option(help="linf, l2 or l1.")]
+Eps = Annotated[str | None, typer.Option(help="Radius in pixels of [0, 1]: 0.03 or 8/255.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of what is random in the attacks.")]
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A folder with results.json.")]) -> None:
-    """Render the report of a results.json again."""
+def attack(
+    model: Model,
+    attack: Annotated[str, typer.Option(help="pgd, fgsm, apgd-ce, square, cw, ...: what tsrfast.attacks has.")],
+    data: Data = "synthetic",
+    split: Split = "test",
+    limit: Limit = None,
+    norm: Norm = None,
+    eps: Eps = None,
+    step_size: Annotated[str | None, typer.Option(help="Length of a step, likewise.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Number of steps.")] = None,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, margin, dlr; with --teacher also oracle_l2, ...")] = None,
+    seed: Seed = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting of the attack: key=value, repeatable.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint of the oracle that an oracle loss asks.")] = None,
+    surrogate: Annotated[
+        list[Path] | None, typer.Option(help="Checkpoint to make the images on instead (transfer), repeatable.")
+    ] = None,
+    batch_size: BatchSize = 500,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for images, table and report.")] = Path("runs/attack"),
+) -> None:
+    """Attack every image: adversarial.safetensors, images.csv, evaluation.json and a report."""
+    from tsrfast._machine import choose_device
+    from tsrfast._progress import Reporter
+    from tsrfast.evaluation.commands import Subject, run_attack
+
+    subject = Subject(model, data, split, limit, choose_device(device), batch_size)
+    given = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "loss": loss, "seed": seed}
+    with _interruptible("nothing was written"):
+        report = run_attack(
+            subject, attack, _settings(given), set_ or [], out,
+            teacher=teacher, surrogates=surrogate or [], reporter=Reporter(),
+        )  # fmt: skip
+        print(report)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    attacks: Annotated[
+        str, typer.Option(help="standard (AutoAttack), plus, rand, or names of attacks: apgd-ce,square,pgd.")
+    ] = "standard",
+    data: Data = "synthetic",
+    split: Split = "test",
+    limit: Limit = None,
+    norm: Norm = None,
+    eps: Eps = None,
+    seed: Seed = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of all attacks that have it, or of one: pgd.steps=40, repeatable."),
+    ] = None,
+    individually: Annotated[bool, typer.Option("--individually", help="Every attack on all images.")] = False,
+    masking_images: Annotated[int, typer.Option(help="Images that are checked for gradient masking; 0: none.")] = 64,
+    batch_size: BatchSize = 500,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the report; used again, it goes on where it was.")] = Path(
+        "runs/evaluate"
+    ),
+) -> None:
+    """Clean and robust accuracy over several attacks: evaluation.json and a report."""
+    from tsrfast._machine import choose_device
+    from tsrfast._progress import Reporter
+    from tsrfast.evaluation.commands import Subject, run_evaluation
+
+    subject = Subject(model, data, split, limit, choose_device(device), batch_size)
+    settings = _settings({"norm": norm, "eps": eps, "seed": seed})
+    with _interruptible("the same command goes on from here"):
+        report = run_evaluation(
+            subject, attacks, settings, set_ or [], out,
+            individually=individually, masking_images=masking_images, seed=seed or 0, reporter=Reporter(),
+        )  # fmt: skip
+        print(report)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A folder with results.json or evaluation.json.")]) -> None:
+    """Render the report of a results.json or evaluation.json again."""
+    from tsrfast import evaluation
     from tsrfast.suite.report import load_results, load_run, render
 
-    print(render(load_results(folder / "results.json"), folder, run=load_run(folder / "run.json")))
+    if (folder / "evaluation.json").exists() and not (folder / "results.json").exists():
+        record = evaluation.load_evaluation(folder / "evaluation.json")
+        print(evaluation.render(record, folder, run=load_run(folder / "run.json")))
+    else:
+        print(render(load_results(folder / "results.json"), folder, run=load_run(folder / "run.json")))
+
+
+def _settings(given: Mapping[str, str | int | None]) -> list[tuple[str, str]]:
+    return [(key, str(value)) for key, value in given.items() if value is not None]
+
+
+@contextmanager
+def _interruptible(then: str) -> Iterator[None]:
+    """Ctrl-C is answered with one line and 130; warnings are lines that do not say where in the code they arose."""
+
+    def say(message: Warning | str, *place: object, **more: object) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            yield
+    except KeyboardInterrupt:  # here, because typer turns those that reach it into a silent exit
+        print(f"tsrfast: interrupted; {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tsrfast._progress import Reporter
 from tsrfast.data import load
 from tsrfast.suite.lab import Lab
 from tsrfast.suite.presets import preset
-from tsrfast.suite.progress import Reporter
 from tsrfast.suite.reproduce import reproduce
 from tsrfast.suite.store import Store
 

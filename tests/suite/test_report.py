@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from tsrfast._page import numerals
 from tsrfast.errors import EnvironmentFault, InputError
-from tsrfast.suite.report import load_results, load_run, numerals, render, validate
+from tsrfast.suite.report import load_results, load_run, render, validate
 
 EPOCHS = (50, 100, 150, 200, 300)
 ATTACKS = {

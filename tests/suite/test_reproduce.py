@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
+from tsrfast._machine import choose_device
+from tsrfast._progress import Reporter
 from tsrfast.errors import EnvironmentFault, InputError
 from tsrfast.suite.experiments import EXPERIMENTS
 from tsrfast.suite.experiments._common import number
 from tsrfast.suite.presets import SMOKE
-from tsrfast.suite.progress import Reporter
-from tsrfast.suite.reproduce import choose_device, reproduce
+from tsrfast.suite.reproduce import reproduce
 
 
 def run(names, out, data="synthetic", seed=0):

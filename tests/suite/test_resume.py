@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tsrfast.suite.progress import Reporter
+from tsrfast._progress import Reporter
 from tsrfast.suite.report import load_run
 from tsrfast.suite.reproduce import reproduce
 

@@ -55,6 +55,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def radius(eps: float) -> str:
+    """As people write it: 8/255 where that is what it is."""
+    steps = eps * 255
+    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 and 0 < round(steps) < 255 else f"{eps:g}"
+
+
 def _significant(value: float, digits: int) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace("-", MINUS)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsrfast._progress import Reporter
 from tsrfast.attacks import Loss
 from tsrfast.data import Dataset
 from tsrfast.nets import ConvReLU, fold, load_checkpoint
 from tsrfast.specialization import NormalizedCorrelation, PatchBasis, subspace_distance
 from tsrfast.suite import stages
 from tsrfast.suite.presets import PAPER_EPOCHS, Preset
-from tsrfast.suite.progress import Reporter
 from tsrfast.suite.stages import AttackSpec
 from tsrfast.suite.store import Artifact, Store
 

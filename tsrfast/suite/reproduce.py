@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -14,41 +13,16 @@ from typing import Any
 import torch
 
 import tsrfast
-from tsrfast import _native
 from tsrfast._files import atomic_write, remove_leftovers
+from tsrfast._machine import describe_machine
+from tsrfast._progress import Reporter
 from tsrfast.data import load
-from tsrfast.errors import EnvironmentFault, InputError, unknown
+from tsrfast.errors import InputError, unknown
 from tsrfast.suite.experiments import EXPERIMENTS
 from tsrfast.suite.lab import Lab
 from tsrfast.suite.presets import Preset
-from tsrfast.suite.progress import Reporter
 from tsrfast.suite.report import load_results, load_run, render
 from tsrfast.suite.store import Store
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        InputError: no such device name.
-        EnvironmentFault: CUDA was asked for and is not there, or the kernels were built without it.
-    """
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise unknown("device", kind, ("cpu", "cuda"))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device: must be cpu, cuda or cuda:N, got {name!r}") from None
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise EnvironmentFault(
-                f"--device {name}: there is no such CUDA device here ({count} found); --device cpu works everywhere"
-            )
-        if not _native._C.with_cuda:
-            raise EnvironmentFault(f"--device {name}: tsrfast was built without CUDA kernels ({_native._C.cuda_note})")
-    return device
 
 
 def _without_nan(value: Any) -> Any:
@@ -121,14 +95,7 @@ def reproduce(
             "started": started,
             "seconds": round(time.monotonic() - began, 1),
             "stages": store.log,
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "instruction set": _native._C.isa(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            },
+            "machine": describe_machine(device),
             "command": " ".join(["tsrfast", *sys.argv[1:]]),
         }
         atomic_write(out / "run.json", json.dumps(run, indent=1))

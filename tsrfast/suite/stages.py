@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tsrfast._files import atomic_write
+from tsrfast._progress import Update
 from tsrfast.attacks import PGD, CrossEntropy, Loss, OracleCrossEntropy, OracleKL, OracleL2, OracleMargin
 from tsrfast.chain import logits
 from tsrfast.data import Split
@@ -31,7 +32,6 @@ from tsrfast.nets import (
 )
 from tsrfast.specialization import NormalizedCorrelation, PatchBasis, patch_basis
 from tsrfast.specialization import correlate as correlate_nets
-from tsrfast.suite.progress import Update
 from tsrfast.training import Objective, OracleAdversarial, TeacherLabels, TeacherLogits, TrueLabels, train
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tsrfast._files import atomic_write
-from tsrfast.suite.report.schema import load_results, load_run, validate
+from tsrfast._page.checks import load_run
+from tsrfast.suite.report.schema import load_results, validate
 
 __all__ = ["load_results", "load_run", "render", "validate"]
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections import Counter
-from importlib import resources
 from typing import Any
 
-from tsrfast.suite.report import numerals
+from tsrfast._page import document
 from tsrfast.suite.report.figures import Picture
 from tsrfast.suite.report.tables import sentences, tables
 
@@ -22,21 +20,17 @@ def html(
     run: dict[str, Any] | None = None,
 ) -> str:
     """The page for validated `results`. `files` are the CSV files of each experiment, named beside what they hold."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["value"] = _value
-    environment.filters["duration"] = numerals.duration
-    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
     experiments = [_experiment(name, e, pictures.get(name), list(files[name])) for name, e in results["experiments"].items()]
     everything = [claim for e in experiments for claim in e["claims"]]
-    return template.render(
+    return document(
+        __package__,
+        "report.html.j2",
         results=results,
         experiments=experiments,
         counts=_counts(everything),
         strong=[(e, claim) for e in experiments for claim in e["claims"] if claim.strong],
         small=results["preset"] in SMALL_PRESETS,
-        run=None if run is None else _run(run),
+        run=run,
     )
 
 
@@ -57,19 +51,6 @@ def _experiment(name: str, e: dict[str, Any], picture: Picture | None, csvs: lis
     }
 
 
-def _run(run: dict[str, Any]) -> dict[str, Any]:
-    known = {"started", "seconds", "stages", "machine", "command"}
-    command = run.get("command")
-    return {
-        "command": " ".join(map(str, command)) if isinstance(command, list) else command,
-        "started": run.get("started"),
-        "seconds": run.get("seconds"),
-        "machine": run.get("machine") or {},
-        "stages": run.get("stages") or [],
-        "rest": {key: value for key, value in run.items() if key not in known},
-    }
-
-
 def _counts(claims: list[Any]) -> dict[str, int]:
     counted = Counter(claim.state for claim in claims)
     return {"held": counted["held"], "failed": counted["failed"], "open": counted["open"], "all": len(claims)}
@@ -77,12 +58,3 @@ def _counts(claims: list[Any]) -> dict[str, int]:
 
 def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in text.split("\n\n") if part.strip()]
-
-
-def _value(value: Any) -> str:
-    """A setting as text: lists and numbers as JSON writes them, text as it is."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(v, (str, int, float)) for v in value):
-        return ", ".join(_value(v) for v in value)
-    return json.dumps(value, ensure_ascii=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tsrfast.suite.report import numerals
+from tsrfast._page import numerals
 
 ARROW, DASH = " \N{RIGHTWARDS ARROW} ", "\N{EN DASH}"
 SIGNS = {">": ">", "<": "<", ">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}
