@@ -1,0 +1,5 @@
+"""Models as ART sees them."""
+
+from tsrfast.compat.art.estimators import classification
+
+__all__ = ["classification"]
