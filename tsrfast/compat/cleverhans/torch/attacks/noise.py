@@ -1,0 +1,6 @@
+"""Not covered."""
+
+from tsrfast.compat._covered import not_covered
+from tsrfast.compat.cleverhans.torch.attacks import HAS
+
+raise not_covered("cleverhans", "noise", HAS, "projected_gradient_descent")
