@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from tsrfast.compat.art.estimators.classification import PyTorchClassifier
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,56 @@ def tiny() -> Any:
         return m.to(dtype), x.reshape(2, 1, 2, 2).to(dtype), torch.tensor([0, 3])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def answered(net, batch) -> Any:
+    def make(n=6):
+        """A network in eval mode, images, and its answers, the first of which is changed."""
+        model = net().eval()
+        x, _ = batch(n)
+        y = model(x).argmax(1)
+        if n:
+            y[0] = (y[0] + 1) % 10
+        return model, x, y
+
+    return make
+
+
+# For ART: NumPy's arrays, and its generator.
+
+
+@pytest.fixture(scope="session")
+def wrapped(net) -> Any:
+    def make(model=None, kind=PyTorchClassifier, loss=None, **kwargs):
+        """A classifier of `kind`: the drop-in's or ART's."""
+        scaling = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.3, 0.1])
+        fields = {"clip_values": (0.0, 1.0), "device_type": "cpu", "preprocessing": scaling} | kwargs
+        return kind(model or net(torch.float32).eval(), loss or nn.CrossEntropyLoss(), (3, 8, 8), 10, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def images() -> Any:
+    def make(n=8, seed=0, margin=0.0):
+        """With pixels at least `margin` from the ends of the range."""
+        x = np.random.RandomState(seed).randint(256, size=(n, 3, 8, 8)) / 255
+        return (margin + (1 - 2 * margin) * x).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def generated() -> Any:
+    def call(attack, *args, **kwargs):
+        """(result, next number of NumPy's generator)"""
+        np.random.seed(7)
+        return attack.generate(*args, **kwargs), np.random.rand()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def wrong(wrapped) -> Any:
+    return lambda x, y: wrapped().predict(x).argmax(1) != y

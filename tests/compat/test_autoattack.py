@@ -78,8 +78,21 @@ def test_versions_set_what_users_read():
     assert (rand.apgd.eot_iter, rand.attacks_to_run) == (20, ["apgd-ce", "apgd-dlr"])
     l1 = AutoAttack(model, norm="L1", eps=12, verbose=False)
     assert (l1.apgd.use_largereps, l1.apgd.n_restarts, l1.apgd_targeted.n_target_classes) == (True, 5, 5)
-    with pytest.raises(InputError, match="norm must be one of Linf, L2 for Square, got 'L1'"):
-        l1.run_standard_evaluation(*case(4)[1:])
+    assert l1.attacks_to_run == standard.attacks_to_run
+
+
+def test_l1_runs_square():
+    model, x, y = case(12)
+    made = quick(AutoAttack(model, norm="L1", eps=0.6, seed=0, verbose=False))
+    made.apgd.n_iter = made.apgd_targeted.n_iter = 10
+    x_adv, labels = made.run_standard_evaluation(x, y, return_labels=True)
+    assert torch.equal(labels, answers(model, x_adv))
+    assert 0 < int((labels == y).sum()) < 9
+    assert float((x_adv - x).abs().flatten(1).sum(1).max()) <= 0.6 + 1e-5
+    alone = made.square.perturb(x, y)
+    fallen = answers(model, alone) != y
+    assert torch.equal((alone != x).flatten(1).any(1)[3:], fallen[3:])
+    assert torch.equal(alone, made.square.attack("first", 0)(model, x, y))
 
 
 def test_log_lines(capsys, tmp_path):

@@ -35,10 +35,25 @@ Different on purpose:
 - No progress bars, no TensorBoard (`summary_writer` must be False), no `random_eps`, no soft labels, norms 1, 2 and inf alone, and no
   processes of AutoAttack's own.
 
-Anything else of ART raises `NotCovered` (an ``ImportError``) when it is asked for.
+Other attacks and classifiers of ART raise `NotCovered` (an ``ImportError``) when they are asked for. What has nothing to do with attacks
+(``art.utils``, ``art.defences``, ``art.metrics``) is to be imported from ART itself.
 """
 
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tsrfast.compat._covered import NotCovered
 from tsrfast.compat.art import attacks, estimators
 
 __version__ = "1.20.1"  # of ART: what scripts ask for
 __all__ = ["attacks", "estimators"]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in (
+        "config", "data_generators", "defences", "evaluations", "exceptions", "experimental", "metrics", "optimizers",
+        "preprocessing", "summary_writer", "utils", "visualization",
+    ):  # fmt: skip
+        raise NotCovered(f"tsrfast.compat.art: {name!r} must be imported from art, the drop-in has its attacks alone")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

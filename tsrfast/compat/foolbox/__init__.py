@@ -26,7 +26,7 @@ Random numbers are drawn from PyTorch's global generator as the original draws t
 Different on purpose:
 
 - Where `L2CarliniWagnerAttack` and `EADAttack` find nothing, the image comes back as it was. The original returns a black image, and
-  calls most of those adversarial.
+  calls most of those adversarial. So it does for `L2DeepFoolAttack`, where the original returns the last, not adversarial, iterate.
 - A model in train mode is run in eval mode and keeps its mode: batch statistics do not move. Parameters get no ``.grad``.
 - A NaN gradient moves nothing; the original makes NaN images in l2. Clipped images never leave the bounds by a rounding.
 - `L1AdamBasicIterativeAttack` and `L2AdamBasicIterativeAttack` step with Adam (the original's are without).

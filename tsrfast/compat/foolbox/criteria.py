@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tsrfast.compat.foolbox._tensors import like, raw
+from tsrfast.compat.foolbox._tensors import like, raw, shown
 
 
 class Criterion:
@@ -32,29 +32,29 @@ class _And(Criterion):
 
 
 class Misclassification(Criterion):
-    """The predicted class differs from the label: `labels` ``[N]``."""
+    """The predicted class differs from the label: `labels` ``[N]``, an attribute as hooks get tensors."""
 
     def __init__(self, labels: Any) -> None:
-        self.labels = raw(labels)
+        self.labels = shown(raw(labels))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.labels!r})"
 
     def __call__(self, perturbed: Any, outputs: Any) -> Any:
-        return like(_classes(outputs, self.labels) != self.labels, outputs)
+        return like(_classes(outputs, raw(self.labels)) != raw(self.labels), outputs)
 
 
 class TargetedMisclassification(Criterion):
-    """The predicted class is the target: `target_classes` ``[N]``."""
+    """The predicted class is the target: `target_classes` ``[N]``, an attribute as hooks get tensors."""
 
     def __init__(self, target_classes: Any) -> None:
-        self.target_classes = raw(target_classes)
+        self.target_classes = shown(raw(target_classes))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.target_classes!r})"
 
     def __call__(self, perturbed: Any, outputs: Any) -> Any:
-        return like(_classes(outputs, self.target_classes) == self.target_classes, outputs)
+        return like(_classes(outputs, raw(self.target_classes)) == raw(self.target_classes), outputs)
 
 
 def _classes(outputs: Any, labels: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from tsrfast._modes import evaluating
+from tsrfast.compat._covered import NotCovered
 from tsrfast.compat._preprocessing import Preprocessed
 from tsrfast.compat._running import Function
 from tsrfast.compat.foolbox._tensors import like, raw, shown
@@ -97,6 +98,11 @@ class PyTorchModel(Model):
     def bounds(self) -> Bounds:
         return self._bounds
 
+    @property
+    def dummy(self) -> Any:
+        """An empty tensor on `device`, for ``ep.from_numpy(fmodel.dummy, array)``."""
+        return shown(torch.zeros(0, device=self.device))
+
     def __call__(self, inputs: Any) -> Any:
         """Logits for images within the bounds; they require grad if the images do."""
         x = raw(inputs)
@@ -119,6 +125,12 @@ class PyTorchModel(Model):
             model._bounds = Bounds(*bounds)
             model._build()
         return model
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in ("ExpectationOverTransformationWrapper", "ThresholdingWrapper", "JAXModel", "NumPyModel", "TensorFlowModel"):
+        raise NotCovered(f"tsrfast.compat.foolbox: models must be PyTorchModel or a subclass of Model, got {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def network_of(model: Model) -> tuple[nn.Module, str]:

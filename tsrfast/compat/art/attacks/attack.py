@@ -134,11 +134,11 @@ class Own(EvasionAttack):
         return self.estimator.box
 
 
-def no_more(kwargs: dict[str, Any]) -> None:
+def no_more(kwargs: dict[str, Any], known: str = "x and y") -> None:
     """Arguments that nobody takes."""
     if kwargs:
         raise InputError(
-            f"tsrfast.compat.art: arguments of generate must be x and y for this attack, got {next(iter(kwargs))!r}"
+            f"tsrfast.compat.art: arguments of generate must be {known} for this attack, got {next(iter(kwargs))!r}"
         )
 
 

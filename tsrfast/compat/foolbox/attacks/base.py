@@ -163,7 +163,7 @@ def goal_of(criterion: Criterion) -> tuple[Tensor, bool]:
         ValueError: another criterion.
     """
     if isinstance(criterion, Misclassification):
-        return criterion.labels, False
+        return raw(criterion.labels), False
     if hasattr(criterion, "target_classes"):
         return raw(criterion.target_classes), True
     raise ValueError(f"unsupported criterion {type(criterion).__name__}")

@@ -66,7 +66,7 @@ class FastGradientMethod(EvasionAttack):
         check(isinstance(self.minimal, bool), "The flag `minimal` has to be of type bool.")
 
     def generate(self, x: Any, y: Any = None, mask: Any = None, **kwargs: Any) -> np.ndarray:
-        no_more(kwargs)
+        no_more(kwargs, "x, y and mask")
         images, labels = self._given(x, y)
         where, eps = _mask(mask, images), _size("eps", self.eps, images)
         if self.minimal:
@@ -148,7 +148,7 @@ class ProjectedGradientDescent(EvasionAttack):
             raise NotCovered("tsrfast.compat.art: random_eps must be False: draw eps yourself, one an image, [N, 1, 1, 1]")
 
     def generate(self, x: Any, y: Any = None, mask: Any = None, **kwargs: Any) -> np.ndarray:
-        no_more(kwargs)
+        no_more(kwargs, "x, y and mask")
         images, labels = self._given(x, y)
         where, eps, step = _mask(mask, images), _size("eps", self.eps, images), _size("eps_step", self.eps_step, images)
         out = images.clone()

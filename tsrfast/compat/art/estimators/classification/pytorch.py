@@ -80,7 +80,8 @@ class PyTorchClassifier:
         self.use_amp = use_amp
         self.opt_level = opt_level
         self.loss_scale = loss_scale
-        self.clip_values = clip_values
+        # An array of float32, as in ART, whose scripts do arithmetic with it.
+        self.clip_values: np.ndarray | None = None if clip_values is None else _range(clip_values)
         mean_std = self._mean_std(preprocessing)
         # Made once, so that it is compiled once.
         self._network = self.model if mean_std is None else Preprocessed(self.model, *mean_std)
@@ -109,10 +110,9 @@ class PyTorchClassifier:
         """Least and greatest pixel; infinite without `clip_values`."""
         if self.clip_values is None:
             return -np.inf, np.inf
-        ends = [np.unique(np.asarray(v, dtype=np.float32)) for v in self.clip_values]
-        if len(ends) != 2 or any(len(e) != 1 for e in ends):
+        ends = [np.unique(v) for v in self.clip_values]
+        if any(len(e) != 1 for e in ends):
             raise NotCovered("tsrfast.compat.art: clip_values must be two numbers, the same for all pixels")
-        # As float32 holds them: so do the images.
         return float(ends[0][0]), float(ends[1][0])
 
     def predict(self, x: Any, batch_size: int = 128, training_mode: bool = False, **kwargs: Any) -> np.ndarray:
@@ -128,8 +128,8 @@ class PyTorchClassifier:
         """float32 on the device: a copy."""
         return torch.from_numpy(np.array(np.asarray(x), dtype=np.float32)).to(self.device)
 
-    def labels(self, y: Any, n: int) -> Tensor:
-        """int64 ``[n]`` from labels ``[n]``, ``[n, 1]``, or one-hot ``[n, classes]``.
+    def labels(self, y: Any, n: int, name: str = "y") -> Tensor:
+        """int64 ``[n]`` from labels ``[n]``, ``[n, 1]``, or one-hot ``[n, classes]``; `name`: of the argument.
 
         Raises:
             InputError: anything else.
@@ -138,15 +138,16 @@ class PyTorchClassifier:
         a = np.asarray(y)
         if a.ndim == 2 and a.shape[1] > 1 and len(a) == n:
             if a.shape[1] != self.nb_classes:
-                raise InputError(f"tsrfast.compat.art: y must have {self.nb_classes} columns, got {a.shape[1]}")
+                raise InputError(f"tsrfast.compat.art: {name} must have {self.nb_classes} columns, got {a.shape[1]}")
             if not np.array_equal(a, a == 1) or not (a.sum(1) == 1).all():
-                raise NotCovered("tsrfast.compat.art: y must be labels or one-hot, got probabilities")
+                raise NotCovered(f"tsrfast.compat.art: {name} must be labels or one-hot, got probabilities")
             a = a.argmax(1)
         if a.shape not in ((n,), (n, 1)) or a.dtype.kind not in "iuf" or not np.array_equal(a, np.floor(a)):
-            raise InputError(f"tsrfast.compat.art: y must be {n} labels, or one-hot, got {a.dtype} of shape {a.shape}")
+            raise InputError(f"tsrfast.compat.art: {name} must be {n} labels, or one-hot, got {a.dtype} of shape {a.shape}")
         a = a.reshape(n).astype(np.int64)
-        if ((a < 0) | (a >= self.nb_classes)).any():
-            raise InputError(f"tsrfast.compat.art: y must be in 0..{self.nb_classes - 1}, got {a.tolist()}")
+        wrong = a[(a < 0) | (a >= self.nb_classes)]
+        if len(wrong):
+            raise InputError(f"tsrfast.compat.art: {name} must be in 0..{self.nb_classes - 1}, got {wrong[0]}")
         return torch.from_numpy(a).to(self.device)
 
     def attack_loss(self) -> Loss:
@@ -197,7 +198,7 @@ class PyTorchClassifier:
                 logits = self._network(leaf)
             wanted = range(self.nb_classes)
             if label is not None:
-                given = self.labels(np.broadcast_to(np.asarray(label), (len(leaf),)), len(leaf))
+                given = self.labels(np.broadcast_to(label, len(leaf)) if np.ndim(label) == 0 else label, len(leaf), "label")
                 logits, wanted = logits.gather(1, given[:, None]), range(1)
             rows = [torch.autograd.grad(logits[:, k].sum(), leaf, retain_graph=True)[0] for k in wanted]
         return torch.stack(rows, 1).cpu().numpy()
@@ -213,6 +214,18 @@ class PyTorchClassifier:
     def __repr__(self) -> str:
         shown = ("model", "loss", "input_shape", "nb_classes", "channels_first", "clip_values", "preprocessing", "device_type")
         return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in shown)})"
+
+
+def _range(clip_values: Any) -> np.ndarray:
+    """Least and greatest pixels, as float32 holds them (so do the images): ``[2, ...]``.
+
+    Raises:
+        InputError: they are not two, or not in order.
+    """
+    ends = np.array(np.broadcast_arrays(*clip_values), dtype=np.float32)
+    if len(ends) != 2 or not (ends[0] < ends[1]).all():
+        raise InputError(f"tsrfast.compat.art: clip_values must be least and greatest pixel, got {clip_values!r}")
+    return ends
 
 
 @contextmanager
