@@ -321,6 +321,8 @@ X, Y = batch(2), torch.tensor([0, 1])
         (lambda: CW(c=float("nan")), "c must be >= 0, got nan"),
         (lambda: CW(kappa=-0.5), "kappa must be >= 0, got -0.5"),
         (lambda: CW(lr=-1), "lr must be >= 0, got -1"),
+        (lambda: CW(lr=float("inf")), "lr must be finite, got inf"),
+        (lambda: CW(c=torch.tensor([1.0, torch.inf])), "c must be finite, got inf"),
         (lambda: CW(steps=-1), "steps must be an integer >= 0, got -1"),
         (lambda: CW(binary_search_steps=0), "binary_search_steps must be an integer >= 1, got 0"),
         (lambda: CW(hi=math.inf), "lo and hi must be finite for CW, got lo=0.0, hi=inf"),

@@ -299,6 +299,7 @@ X, Y = batch(2), torch.tensor([0, 1])
     ("call", "message"),
     [
         (lambda: EAD(beta=-1), "beta must be >= 0, got -1"),
+        (lambda: EAD(beta=float("inf")), "beta must be finite, got inf"),
         (lambda: EAD(decision_rule="L2"), "unknown decision_rule 'L2'"),
         (lambda: EAD(c=-1), "c must be >= 0, got -1"),
         (lambda: EAD(steps=-1), "steps must be an integer >= 0, got -1"),

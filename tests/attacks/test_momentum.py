@@ -377,6 +377,8 @@ X, Y = batch(2, torch.float32)
     [
         (lambda: PGD(momentum=-0.1), "momentum must be >= 0 and finite, got -0.1"),
         (lambda: MIM(momentum=math.nan), "momentum must be >= 0 and finite, got nan"),
+        (lambda: MIM(diversity=0.5), "diversity must be a function of images and a Draw, or None, got float"),
+        (lambda: MIM(smoothing=15), "smoothing must be a Smoothing or None, got int"),
         (lambda: Diversity(prob=1.5), r"prob must be in \[0, 1\], got 1.5"),
         (lambda: Diversity(resize_rate=1.0), r"resize_rate must be in \(0, 1\), got 1.0"),
         (lambda: Smoothing("gauss"), "unknown kernel 'gauss'; did you mean 'gaussian'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -294,6 +295,41 @@ def test_modules_that_are_named():
         assert not torch.equal(gradient(model, x, y), want)
 
 
+def test_a_module_that_is_named_twice_counts_once():
+    model, (x, y) = net(Block), batch()
+    name = model.branches()[0]
+    with skip_gradient(model, 0.5, [name]):
+        want = gradient(model, x, y)
+    with skip_gradient(model, 0.5, [name, model.get_submodule(name)]) as found:
+        assert torch.equal(gradient(model, x, y), want)
+    assert found == [name]
+
+
+def test_several_threads_find_the_branches_once():
+    model, (x, y) = net(Block), batch()
+    with skip_gradient(model, 0.5):
+        want = gradient(model, x, y)
+    got = {}
+    for _ in range(5):
+        together = threading.Barrier(4)
+
+        def first_call(i, together=together):
+            together.wait()
+            got[i] = gradient(model, x, y)
+
+        got.clear()
+        with skip_gradient(model, 0.5) as found:
+            threads = [threading.Thread(target=first_call, args=(i,)) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(found) == len(set(found))
+        assert len(got) == 4
+        for g in got.values():
+            torch.testing.assert_close(g, want, rtol=1e-9, atol=1e-12)
+
+
 def test_inside_another_module():
     model, (x, y) = net(Block), batch()
     wrapped = nn.Sequential(nn.BatchNorm2d(3, affine=False, dtype=torch.float64), model).eval()
@@ -345,6 +381,7 @@ X = torch.rand(2, 3, 6, 6)
         (Twins(), float("nan"), None, r"gamma must be in \[0, 1\], got nan"),
         (print, 0.5, None, r"model must be an nn.Module for skip_gradient, got builtin_function_or_method"),
         (Twins(), 0.5, [], "modules must name at least one, got none"),
+        (Twins(), 0.5, "left", "modules must be a list of names or modules, got one str"),
         (Twins(), 0.5, [nn.ReLU()], "modules must be of the model, got a ReLU that is not"),
         (nn.Sequential(Pair()), 0.5, ["0"], "modules of skip_gradient must return a tensor, got tuple"),
         (Pair(), 0.5, None, "model must return a tensor with a gradient"),

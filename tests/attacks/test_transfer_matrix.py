@@ -92,6 +92,8 @@ def test_matrix_refuses():
         transfer_matrix([net()], x, y, PGD(), targets=[3])
     with pytest.raises(InputError, match="y must be int64"):
         transfer_matrix([net()], x, y.float(), PGD())
+    with pytest.raises(InputError, match=rf"index must be int64 of shape \({len(x)},\), got torch.int64 of shape \(3,\)"):
+        transfer_matrix([net()], x, y, PGD(), index=torch.arange(3))
     with pytest.raises(InputError, match="batch_size must be an integer >= 1"):
         transfer_matrix([net()], x, y, PGD(), batch_size=0)
     with pytest.raises(InputError, match="x must be pixels in"):

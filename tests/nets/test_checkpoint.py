@@ -100,6 +100,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, saved: Path) -> None:
         ({"architecture": {"name": "ConvReLU", "config": None}}, "cannot be built"),
         ({"architecture": {"name": "WideResnet", "config": {}}}, "did you mean 'WideResNet'"),
         ({"architecture": {"name": "ResNet", "config": {}}}, "cannot be built"),
+        ({"architecture": {"name": "ResNet", "config": {"blocks": [1] * 4, "classes": 10**18}}}, "cannot be built.*overflow"),
         ({"architecture": {"name": "ResNet", "config": {"blocks": [1, 1]}}}, "cannot be built.*blocks must be 4"),
         ({"architecture": {"name": "WideResNet", "config": {"depth": 11}}}, "cannot be built.*depth must be 6 n"),
         ({"architecture": {"name": "MobileNetV2", "config": {"stem": "x"}}}, "cannot be built.*stem must be one of"),

@@ -315,6 +315,28 @@ def test_what_is_no_state_dict(state: Any, message: str) -> None:
         load_published(resnet(), state)
 
 
+@pytest.mark.parametrize("rounded", ["net", "file"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_no_disagreement_about_normalisation(rounded: str, dtype: torch.dtype) -> None:
+    net = resnet(mean=MEAN, std=STD)
+    tensors = {**published(), "mu": torch.tensor(MEAN), "sigma": torch.tensor(STD)}
+    if rounded == "net":
+        net = net.to(dtype)
+    else:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    assert load_published(net, tensors).normalised
+    assert net.config["mean"] == torch.tensor(MEAN).to(dtype).tolist()
+
+
+def test_weights_too_large_for_the_dtype_are_refused() -> None:
+    net, tensors = resnet().half(), published()
+    tensors["bn1.running_var"] += 1e5
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    with pytest.raises(InputError, match=r"bn1\.running_var must fit into torch\.float16, got values up to 100001"):
+        load_published(net, tensors)
+    assert holds(net, before)
+
+
 def test_other_nets_are_refused() -> None:
     for net in (nn.Linear(2, 2), ConvReLU((2,)), None):
         with pytest.raises(InputError, match=f"net must be one of ResNet, .*, got {type(net).__name__}"):

@@ -250,5 +250,9 @@ def test_opcheck(device):
 
 def test_compiles_without_a_graph_break(device):
     args = inputs((2, 8), device)
-    compiled = torch.compile(lambda *a: ops.hyperplane_projection(*a) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*args), ops.hyperplane_projection(*args) * 2)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda *a: ops.hyperplane_projection(*a) * 2, fullgraph=True, backend="aot_eager", dynamic=dynamic
+        )
+        assert torch.equal(compiled(*args), ops.hyperplane_projection(*args) * 2)

@@ -63,8 +63,9 @@ class ConstantSearch(Attack):
         self._terms()
 
     def _terms(self) -> Terms:
-        for name, value in (("c", self.c), ("kappa", self.kappa), ("lr", self.lr)):
-            check_radius(name, value)
+        for name, value in (("c", self.c), ("lr", self.lr)):
+            check_radius(name, value, finite=True)
+        check_radius("kappa", self.kappa)
         check_count("steps", self.steps, 0)
         check_count("binary_search_steps", self.binary_search_steps, 1)
         if not (math.isfinite(self.lo) and math.isfinite(self.hi)):

@@ -118,7 +118,11 @@ class Smoothing:
 
     def weights(self) -> Tensor:
         """float64 ``[length, length]``, of sum 1."""
-        reach = torch.linspace(-1, 1, self.length, dtype=torch.float64, device="cpu") if self.length > 1 else torch.zeros(1)
+        reach = (
+            torch.linspace(-1, 1, self.length, dtype=torch.float64, device="cpu")
+            if self.length > 1
+            else torch.zeros(1, device="cpu")
+        )
         if self.kernel == "gaussian":
             line = (-(self.sigma * reach).square() / 2).exp()
         elif self.kernel == "linear":

@@ -42,7 +42,7 @@ class EAD(ConstantSearch):
     decision_rule: str = "en"
 
     def _terms(self) -> Terms:
-        check_radius("beta", self.beta)
+        check_radius("beta", self.beta, finite=True)
         if self.decision_rule not in ("l1", "en"):
             raise unknown("decision_rule", self.decision_rule, ("l1", "en"))
         return super()._terms()

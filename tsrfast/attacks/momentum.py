@@ -11,6 +11,7 @@ from torch import Tensor
 from tsrfast.attacks.direction import Direction, Draw, Smoothing
 from tsrfast.attacks.loop import Recipe
 from tsrfast.attacks.pgd import PGD
+from tsrfast.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,5 +44,10 @@ class MIM(PGD):
     smoothing: Smoothing | None = None
 
     def _recipe(self) -> Recipe:
+        if self.diversity is not None and not callable(self.diversity):
+            what = type(self.diversity).__name__
+            raise InputError(f"tsrfast.attacks: diversity must be a function of images and a Draw, or None, got {what}")
+        if self.smoothing is not None and not isinstance(self.smoothing, Smoothing):
+            raise InputError(f"tsrfast.attacks: smoothing must be a Smoothing or None, got {type(self.smoothing).__name__}")
         direction = Direction(self.momentum, self.nesterov, self.diversity, self.smoothing, self.seed)
         return dataclasses.replace(super()._recipe(), direction=direction)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tsrfast.attacks.attack import LoopAttack
@@ -67,9 +66,7 @@ class PGD(LoopAttack):
 
     def _recipe(self) -> Recipe:
         threat = Threat(self.norm, self.eps, self.lo, self.hi)
-        check_radius("step_size", self.step_size)
-        if not torch.as_tensor(self.step_size, device="cpu").isfinite().all():
-            raise InputError("tsrfast.attacks: step_size must be finite, got inf")
+        check_radius("step_size", self.step_size, finite=True)
         check_count("steps", self.steps, 0)
         check_count("restarts", self.restarts, 1)
         if self.keep not in ("last", "best"):

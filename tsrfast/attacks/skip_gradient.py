@@ -63,6 +63,7 @@ def skip_gradient(model: nn.Module, gamma: float, modules: Iterable[str | nn.Mod
         raise InputError(f"tsrfast.attacks: gamma must be in [0, 1], got {gamma}")
     found: list[str] = []
     handles: list[RemovableHandle] = []
+    lock = threading.Lock()
 
     def scale(module: nn.Module, args: object, out: object) -> None:
         if not isinstance(out, Tensor):
@@ -76,12 +77,15 @@ def skip_gradient(model: nn.Module, gamma: float, modules: Iterable[str | nn.Mod
             found.append(name)
 
     def search(module: nn.Module, args: tuple[object, ...]) -> None:
-        if not found and not _looking.now:
-            _looking.now = True
-            try:
-                install(_branches(model, args))
-            finally:
-                _looking.now = False
+        if _looking.now:
+            return
+        with lock:  # of several threads one searches, the others wait for its hooks
+            if not found:
+                _looking.now = True
+                try:
+                    install(_branches(model, args))
+                finally:
+                    _looking.now = False
 
     try:
         if modules is None:
@@ -95,6 +99,9 @@ def skip_gradient(model: nn.Module, gamma: float, modules: Iterable[str | nn.Mod
 
 
 def _names(model: nn.Module, modules: Iterable[str | nn.Module]) -> list[str]:
+    """The modules' names, each once."""
+    if isinstance(modules, (str, nn.Module)):
+        raise InputError(f"tsrfast.attacks: modules must be a list of names or modules, got one {type(modules).__name__}")
     known = dict(model.named_modules())
     names = {m: name for name, m in known.items()}
     out = []
@@ -106,7 +113,7 @@ def _names(model: nn.Module, modules: Iterable[str | nn.Module]) -> list[str]:
         out.append(given if isinstance(given, str) else names[given])
     if not out:
         raise InputError("tsrfast.attacks: modules must name at least one, got none")
-    return out
+    return list(dict.fromkeys(out))
 
 
 def _branches(model: nn.Module, args: tuple[object, ...]) -> list[str]:

@@ -60,12 +60,14 @@ class Threat:
             )
 
 
-def check_radius(name: str, value: float | Tensor) -> None:
-    """A number or tensor of numbers >= 0, or an InputError that names it."""
+def check_radius(name: str, value: float | Tensor, *, finite: bool = False) -> None:
+    """A number or tensor of numbers >= 0 (`finite`: and below inf), or an InputError that names it."""
     ok = bool((value >= 0).all()) if isinstance(value, Tensor) else value >= 0
     if not ok:
         shown = f"{value.min().item():g}" if isinstance(value, Tensor) else value
         raise InputError(f"tsrfast.attacks: {name} must be >= 0, got {shown}")
+    if finite and not bool(torch.as_tensor(value, device="cpu").isfinite().all()):
+        raise InputError(f"tsrfast.attacks: {name} must be finite, got inf")
 
 
 def check_count(name: str, value: int, least: int) -> None:

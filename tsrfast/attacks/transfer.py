@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tsrfast._modes import evaluating
-from tsrfast.attacks.attack import Attack, Method, Terms
+from tsrfast.attacks.attack import Attack, Method, Terms, _check_integers
 from tsrfast.attacks.eager import evaluate
 from tsrfast.attacks.loop import Attempt, Best, check_logits, undisturbed
 from tsrfast.attacks.losses import Loss, Margin, wrong
-from tsrfast.attacks.native import Route, callable_network
+from tsrfast.attacks.native import Route, callable_network, check_device
 from tsrfast.attacks.threat import check_count
 from tsrfast.chain import Chain
 from tsrfast.errors import InputError, unknown
@@ -76,6 +76,7 @@ class Transfer(Attack):
     def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
         if not isinstance(model, (nn.Module, Chain)):
             raise InputError(f"tsrfast.attacks: model must be an nn.Module or a Chain, got {_kind(model)}")
+        check_device("model", model, x)
         networks = self._networks()
         route, make = self.attack._method(networks[0], x) if len(networks) == 1 else self._on_several(networks, x)
 
@@ -235,7 +236,8 @@ def transfer_matrix(
         raise InputError(f"tsrfast.attacks: attack must be an untargeted attack, got {_kind(attack)}")
     attack._terms().threat.check_images(x)
     _check_labels(x, y)
-    index = torch.arange(len(x), device=x.device) if index is None else index
+    numbers = _check_integers("index", index, x)
+    index = torch.arange(len(x), device=x.device) if numbers is None else numbers
     pieces = torch.arange(len(x), device=x.device).split(batch_size)
 
     def misses(model: nn.Module | Chain, images: Tensor) -> Tensor:

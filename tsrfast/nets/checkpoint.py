@@ -71,7 +71,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{path}: {unknown('architecture', name, ARCHITECTURES)}")
     try:
         model = ARCHITECTURES[name].from_config(described["config"])
-    except (InputError, TypeError, ValueError) as e:
+    except (InputError, RuntimeError, TypeError, ValueError) as e:  # RuntimeError: PyTorch's, of absurd sizes
         raise InputError(f"{path} has an architecture that cannot be built: {e}") from e
     dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):

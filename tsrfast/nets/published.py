@@ -121,8 +121,9 @@ def load_published(net: Classifier, state_dict: Mapping[str, Any] | str | os.Pat
         What was found and how it was renamed.
 
     Raises:
-        InputError: not such a thing, or several networks; tensors that are missing, superfluous, of another shape, not floating or not
-            finite, all of them in one message; a normalisation in the file that is not the net's. The net is then as before.
+        InputError: not such a thing, or several networks; tensors that are missing, superfluous, of another shape, not floating, not
+            finite or too large for the net's dtype, all of them in one message; a normalisation in the file that is not the net's (beyond
+            rounding). The net is then as before.
         EnvironmentFault: the file cannot be read.
     """
     rules = next((r for kind, r in _RULES.items() if isinstance(net, kind)), None)
@@ -228,8 +229,9 @@ def _against_normalisation(net: Classifier, mean: Tensor | None, std: Tensor | N
         if given is None or own is None:
             continue
         a, b = given.double().flatten().tolist(), own.double().flatten().tolist()
-        # Beyond float32's rounding: somebody is wrong, and it is not for us to say who.
-        if len(a) != len(b) or max(abs(x - y) for x, y in zip(a, b, strict=True)) > 1e-6:
+        # Beyond what rounding to their dtypes explains: somebody is wrong, and it is not for us to say who.
+        near = max([1e-6] + [torch.finfo(t.dtype).eps for t in (given, own) if t.is_floating_point()])
+        if len(a) != len(b) or max(abs(x - y) for x, y in zip(a, b, strict=True)) > near:
             problems.append(f"{name} must be the net's {b}, got {a}: build the net without mean and std to take the file's")
     return problems
 
@@ -253,4 +255,6 @@ def _misfits(
             problems.append(f"{source[name]} must be floating, got {given.dtype}")
         elif not torch.isfinite(given).all():
             problems.append(f"{source[name]} must be finite, got NaN or infinity")
+        elif not torch.isfinite(given.to(target.dtype)).all():
+            problems.append(f"{source[name]} must fit into {target.dtype}, got values up to {given.abs().max():g}")
     return problems

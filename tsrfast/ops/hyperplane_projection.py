@@ -46,7 +46,8 @@ def hyperplane_projection(t: Tensor, w: Tensor, b: Tensor, *, norm: str = "linf"
 
     Args:
         t: points ``[N, ...]`` inside the box, float32, bfloat16, float16 or float64, dense (contiguous or channels_last).
-        w: normals of the hyperplanes, as t in shape, strides and dtype. Entries that are 0, NaN or infinite leave their pixel.
+        w: normals of the hyperplanes, as t in shape, strides and dtype. Entries that are 0, NaN or infinite leave their pixel. In l2 their
+            squares are added up in float64: float64 normals are to be between 1e-150 and 1e150 there.
         b: ``[N]``, float32 or float64: the value of ``<w, x>`` on the hyperplane. NaN leaves the point.
         norm: ``linf``, ``l2`` or ``l1``.
         lo, hi: the pixel box, finite.
@@ -72,7 +73,7 @@ def hyperplane_projection(t: Tensor, w: Tensor, b: Tensor, *, norm: str = "linf"
         )
     if b.device != t.device:
         raise InputError(f"tsrfast.hyperplane_projection: b must be on t's device {t.device}, got {b.device}")
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
+    if not -math.inf < lo <= hi < math.inf:
         raise InputError(f"tsrfast.hyperplane_projection: lo <= hi must hold, both finite, got lo={lo}, hi={hi}")
     out: Tensor = _op(t, w, b.double(), NORMS[norm], lo, hi)
     return out
