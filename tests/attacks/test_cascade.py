@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tsrfast.attacks import APGD, CW, FGSM, PGD, OracleL2, Square
+from tsrfast.attacks import APGD, CW, FGSM, PGD, OracleL2, Square, Transfer
 from tsrfast.attacks.attack import Attack, Terms
 from tsrfast.attacks.cascade import CascadeResult, inside, run_cascade
 from tsrfast.attacks.loop import Attempt, Best
 from tsrfast.attacks.threat import Threat
-from tsrfast.errors import InputError
+from tsrfast.errors import EnvironmentFault, InputError
 from tsrfast.nets import ConvReLU
 
 IMAGE = (3, 8, 8)
@@ -93,7 +96,8 @@ def equal(a: CascadeResult, b: CascadeResult) -> None:
         assert torch.equal(getattr(a, field), getattr(b, field)), field
     for one, other in zip(a.stages, b.stages, strict=True):
         assert torch.equal(one.success, other.success)
-        plain = ({k: v for k, v in vars(s).items() if k not in ("success", "seconds")} for s in (one, other))
+        assert torch.equal(one.distance.nan_to_num(-1), other.distance.nan_to_num(-1))
+        plain = ({k: v for k, v in vars(s).items() if k not in ("success", "distance", "seconds")} for s in (one, other))
         assert next(plain) == next(plain)
 
 
@@ -228,7 +232,7 @@ def test_resumes_exactly(tmp_path, after, individually):
         model, x, y, SUITE, batch_size=7, individually=individually, checkpoint=tmp_path / "a", progress=again.append
     )
     equal(resumed, whole)
-    assert not list((tmp_path / "a").glob(".*"))
+    assert not list((tmp_path / "a").glob(".*.part"))
     assert all(math.isnan(p.rate) for p in again[: 1 if after < 4 else 4])
     assert again[-1].rate > 0
     last = again[-1]
@@ -309,6 +313,78 @@ def test_buffers_and_structure_make_another_model(tmp_path):
         run_cascade(other, x, y, {}, checkpoint=tmp_path)
 
 
+def test_plain_attributes_make_another_model_and_another_teacher(tmp_path):
+    """A mean that is no buffer is in no state_dict."""
+
+    class Normalized(nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.net, self._mean = net(), torch.tensor(mean)
+
+        def forward(self, x):
+            return self.net(x - self._mean)
+
+    model, x, y = case(4, 0)
+    for name, call in (
+        ("model", lambda mean: run_cascade(Normalized(mean), x, y, {}, checkpoint=tmp_path / "model")),
+        ("attacks", lambda mean: run_cascade(
+            model, x, y, {"a": PGD(loss=OracleL2(Normalized(mean)), steps=1)}, checkpoint=tmp_path / "attacks")),
+    ):  # fmt: skip
+        call(0.1)
+        call(0.1)
+        with pytest.raises(InputError, match=f"other {name}"):
+            call(0.2)
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    model, x, y = case(4, 0)
+    run_cascade(model, x, y, {}, checkpoint=tmp_path)
+    monkeypatch.setattr("tsrfast.__version__", "99")
+    with pytest.raises(InputError, match=r"other tsrfast \(.* then, 99 now\)$"):
+        run_cascade(model, x, y, {}, checkpoint=tmp_path)
+
+
+def test_one_process_at_a_time(tmp_path):
+    model, x, y = case(6, 0)
+
+    def again(progress):
+        with pytest.raises(EnvironmentFault, match="in use by another"):
+            run_cascade(model, x, y, SUITE, checkpoint=tmp_path / "a")
+
+    run_cascade(model, x, y, SUITE, checkpoint=tmp_path / "a", progress=again)
+    run_cascade(model, x, y, SUITE, checkpoint=tmp_path / "a")
+
+
+FULL = """
+import resource, signal, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_cascade import PGD, case, run_cascade
+from tsrfast.errors import EnvironmentFault
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    run_cascade(*case(), {"pgd": PGD(eps=0.3)}, checkpoint=Path(sys.argv[2]))
+except EnvironmentFault as e:
+    print(e)
+"""
+
+
+def test_a_full_disk_and_a_damaged_file(tmp_path):
+    folder = tmp_path / "a"
+    words = [sys.executable, "-c", FULL, str(Path(__file__).parent), str(folder)]
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert run.stdout == f"cannot write {folder / '00-00000.safetensors'}: File too large\n"
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "cascade.json", "clean.safetensors"]
+    (folder / "clean.safetensors").write_bytes(b"damaged")
+    with pytest.raises(EnvironmentFault, match=r"cannot read .*clean\.safetensors: it is damaged"):
+        run_cascade(*case(), {"pgd": PGD(eps=0.3)}, checkpoint=folder)
+    (folder / "clean.safetensors").unlink()
+    equal(run_cascade(*case(), {"pgd": PGD(eps=0.3)}, checkpoint=folder), run_cascade(*case(), {"pgd": PGD(eps=0.3)}))
+
+
 def test_folders_of_others_are_refused(tmp_path):
     model, x, y = case(4, 0)
     (tmp_path / "notes.txt").write_text("mine")
@@ -328,6 +404,13 @@ def test_losses_and_sizes_of_an_image():
     alone = attack.run(model, x, y)
     assert torch.equal(got.stages[0].success, alone.success)
     assert 0 < alone.success.sum() < 12
+    moved = (got.x_adv.double() - x.double()).flatten(1).abs().amax(1)
+    assert torch.equal(got.stages[0].distance[alone.success], moved[alone.success])
+    assert got.stages[0].distance[~alone.success].isnan().all()
+    transfer = Transfer(PGD(eps=40 * eps, step_size=10 * eps, steps=6), [net(1)])  # one attack within another
+    by_transfer = run_cascade(model, x, y, {"transfer": transfer}, batch_size=5)
+    assert torch.equal(by_transfer.stages[0].success, transfer.run(model, x, y).success)
+    assert 0 < by_transfer.stages[0].fallen < 12
     oracle = run_cascade(model, x, y, {"oracle": PGD(loss=OracleL2(net(3)), eps=0.1, steps=5)}, batch_size=5)
     assert torch.equal(oracle.robust, answers(model, oracle.x_adv) == y)
     assert oracle.stages[0].refuted > 0

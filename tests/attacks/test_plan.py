@@ -53,7 +53,7 @@ def test_chain_where_everything_compiles():
         (PGD(on_step=str), net(), X, "on_step is called from PyTorch's loop"),
         (PGD(loss=Louder()), net(), X, "native code does not know the loss Louder"),
         (PGD(), net().double(), X.double(), "x is float64 on cpu, native code takes float32 on the CPU"),
-        (PGD(), net(), X.to("meta"), "x is float32 on meta"),
+        (PGD(), net().to("meta"), X.to("meta"), "x is float32 on meta"),
         (PGD(), net().double(), None, "model does not compile: .*float64"),
         (PGD(), Sine(), X, "model does not compile: .*"),
         (PGD(loss=OracleL2(Sine())), net(), X, "teacher does not compile: .*"),

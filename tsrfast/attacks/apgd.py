@@ -108,7 +108,7 @@ class _APGD(Attack):
         bad, queries = torch.zeros_like(batch.rows), torch.zeros_like(batch.rows)
         for times, steps in ((3.0, first), (2.0, min(first, self.steps - first)), (1.0, max(self.steps - 2 * first, 0))):
             wider = dataclasses.replace(batch, threat=dataclasses.replace(batch.threat, eps=times * batch.threat.eps))
-            got = run(wider, _project(start, wider), steps=steps, keep=self.keep if times == 1 else "best", warm=True)
+            got = run(wider, project(start, wider), steps=steps, keep=self.keep if times == 1 else "best", warm=True)
             bad, queries, start = bad + got.bad, queries + got.queries, got.best.x
         return Attempt(got.best, bad, queries)
 
@@ -250,13 +250,13 @@ def ascend(
         at, g = _look(network, loss.only(batch.rows), batch, x, targeted, 0 if final else eot_iter, first=i == 0)
         queries[rows] += 1 if final else eot_iter
         fallen = at.adversarial
-        if keep != "best":
-            held.take(fallen, at.candidate, rows)
         standing: Tensor | None = None
-        if keep == "first" and bool(fallen.any()):
-            standing = (~fallen).nonzero().squeeze(1)
-            if not len(standing):
-                break
+        if keep != "best" and bool(fallen.any()):
+            held.take(fallen, Best(x, at.loss.detach(), fallen), rows)
+            if keep == "first":
+                standing = (~fallen).nonzero().squeeze(1)
+                if not len(standing):
+                    break
         if final and keep != "best":
             break
         value = sign * at.loss.detach()
@@ -317,9 +317,11 @@ def _note(s: _State, x: Tensor, g: Tensor, value: Tensor, fallen: Tensor) -> _St
     best = s.best
     # Any value is better than NaN.
     better = (value > best.loss) | (best.loss.isnan() & ~value.isnan())
-    best.take(better, Best(x, value, fallen))
-    best_gradient = torch.where(_wide(better, g), g, s.best_gradient)
-    return dataclasses.replace(s, x=x, gradient=g, best_gradient=best_gradient, value=value, rises=s.rises + (value > s.value))
+    best.loss, best.adversarial = torch.where(better, value, best.loss), torch.where(better, fallen, best.adversarial)
+    rows = better.nonzero().squeeze(1)  # usually few: less is moved than by a select of whole images
+    for held, new in ((best.x, x), (s.best_gradient, g)):
+        held.index_copy_(0, rows, new.index_select(0, rows))
+    return dataclasses.replace(s, x=x, gradient=g, value=value, rises=s.rises + (value > s.value))
 
 
 def _check_progress(s: _State, steps: int, rho: float) -> _State:
@@ -354,11 +356,13 @@ def _back(s: _State, chosen: Tensor) -> _State:
 
 def _step_linf(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
     """The next iterate, and int64 ``[n]`` gradient entries without a direction."""
-    t = batch.threat
-    x = torch.empty_like(batch.x0).copy_(s.x)
+    t, before = batch.threat, as_dense(s.x, batch.x0)
     g = as_dense(s.gradient, batch.x0)
-    bad = pgd_step_(x, batch.x0, g, step_size=s.step.flatten(), eps=t.eps, norm="linf", lo=t.lo, hi=t.hi)
-    return _project(s.x + (x - s.x) * a + (s.x - s.previous) * (1 - a), batch), bad
+    x, bad = pgd_step(before, batch.x0, g, step_size=s.step.flatten(), eps=t.eps, norm="linf", lo=t.lo, hi=t.hi)
+    # s.x + (x - s.x) a + (s.x - s.previous) (1 - a), in the memory of x.
+    x.sub_(s.x).mul_(a).add_(s.x).add_((s.x - s.previous).mul_(1 - a))
+    pgd_step_(x, batch.x0, x, step_size=0.0, eps=t.eps, norm="linf", lo=t.lo, hi=t.hi)
+    return x, bad
 
 
 def _step_l2(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
@@ -382,10 +386,10 @@ def _step_l1(s: _State, batch: Batch, a: float) -> tuple[Tensor, Tensor]:
     least = size.flatten(1).sort(1)[0].gather(1, place[:, None]).squeeze(1)
     signs = (g * (size >= _wide(least, size))).sign()
     share = signs.abs().flatten(1).sum(1, dtype=torch.float32).clamp_min(1)
-    return _project(s.x + s.step * signs / _wide(share, signs).to(s.x.dtype), batch), bad
+    return project(s.x + s.step * signs / _wide(share, signs).to(s.x.dtype), batch), bad
 
 
-def _project(x: Tensor, batch: Batch) -> Tensor:
+def project(x: Tensor, batch: Batch) -> Tensor:
     """Into ball and box: a step of no length."""
     t = batch.threat
     x = as_dense(x, batch.x0)

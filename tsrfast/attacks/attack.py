@@ -166,6 +166,7 @@ class Attack:
                 raise InputError(f"tsrfast.attacks: {name} must be a number or of shape ({len(x)},), got {tuple(value.shape)}")
         with undisturbed(x.device):
             # Copies: free of inference mode.
+            x = x.clone() if x.is_inference() else x
             y = None if y is None else y.clone()
             index = torch.arange(len(x), device=x.device) if index is None else index.clone()
             route, method = self._method(model, x)
@@ -220,7 +221,8 @@ def _check_integers(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.shape != x.shape[:1]:
         what = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-        raise InputError(f"tsrfast.attacks: {name} must be int64 of shape ({len(x)},), got {what}")
+        one = f" (x of shape {tuple(x.shape)} is {len(x)} images; one image is x[None])" if x.ndim == 3 else ""
+        raise InputError(f"tsrfast.attacks: {name} must be int64 of shape ({len(x)},), got {what}{one}")
     if t.device != x.device:
         raise InputError(f"tsrfast.attacks: {name} must be on x's device {x.device}, got {t.device}")
     return t.detach()

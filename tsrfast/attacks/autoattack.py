@@ -19,7 +19,7 @@ from tsrfast.attacks.attack import Attack, Method, Terms
 from tsrfast.attacks.cascade import CascadeResult, Progress, device_of, run_cascade
 from tsrfast.attacks.eager import evaluate
 from tsrfast.attacks.fab import FAB, FABTargeted
-from tsrfast.attacks.loop import Attempt, Best, undisturbed
+from tsrfast.attacks.loop import Attempt, Best, own_copy, undisturbed
 from tsrfast.attacks.losses import CrossEntropy, Margin
 from tsrfast.attacks.native import Route
 from tsrfast.attacks.square import Square
@@ -210,10 +210,9 @@ def inspect_model(
     plain = model if isinstance(model, nn.Module) else network
     by_gradient = sorted(BY_GRADIENT & set(attacks))
     with undisturbed(x.device), evaluating(plain, network):
+        x, y = own_copy(x), y.clone()  # free of inference mode
         with torch.no_grad():
-            outputs = [
-                evaluate(plain, CrossEntropy(), False, x.detach(), y, gradient=False, first=True).logits for _ in range(5)
-            ]
+            outputs = [evaluate(plain, CrossEntropy(), False, x, y, gradient=False, first=True).logits for _ in range(5)]
         if not random and _vary(outputs):
             _warn("the model answers differently each time it is asked: it draws random numbers, and needs version='rand'")
         z = outputs[0]
@@ -221,7 +220,7 @@ def inspect_model(
             _warn("the model returns probabilities: it must return logits, else gradients vanish and attacks fail")
         classes = z.shape[1]
         if by_gradient:
-            at = evaluate(network, CrossEntropy(), False, x.detach(), y, gradient=True, first=False)
+            at = evaluate(network, CrossEntropy(), False, x, y, gradient=True, first=False)
             flat = int((at.gradient().flatten(1) == 0).all(1).sum())
             if flat:
                 _warn(

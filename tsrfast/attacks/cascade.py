@@ -7,17 +7,19 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import tsrfast
-from tsrfast._files import atomic_path, atomic_write, remove_leftovers
+from tsrfast._files import atomic_write, lock, remove_leftovers
 from tsrfast._identity import describe, digest, tensor_hash
 from tsrfast._modes import evaluating
 from tsrfast.attacks.attack import Attack, AttackResult, _check_integers
@@ -29,6 +31,7 @@ from tsrfast.errors import EnvironmentFault, InputError
 
 MANIFEST = "cascade.json"
 STANDS, WRONG_WHEN_CLEAN = -1, -2
+ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Stage:
         seconds: its wall time with the checks, over all runs of an interrupted cascade.
         queries: forward passes of single images.
         success: bool ``[N]``, the fallen.
+        distance: float64 ``[N]``, how far the fallen were moved, in the norm of the attack; NaN for the others.
         refuted: images that the attack says are adversarial and that are not: the model answers `y`, or they lie outside of ball or box.
         bad_gradients: gradient entries without a direction (NaN).
         path: which code ran, ``chain`` or ``eager``; empty if no image was attacked.
@@ -76,6 +80,7 @@ class Stage:
     seconds: float
     queries: int
     success: Tensor
+    distance: Tensor
     refuted: int
     bad_gradients: int
     path: str
@@ -145,10 +150,25 @@ def run_cascade(
 
     Raises:
         InputError: bad images, labels or attacks; logits that are NaN at a clean image; `checkpoint` belongs to another call.
-        EnvironmentFault: `checkpoint` cannot be read or written.
+        EnvironmentFault: `checkpoint` cannot be read or written, or another process is using it.
     """
     index = _check(x, y, attacks, index, batch_size)
-    store = _Store(checkpoint, lambda: _identity(model, x, y, attacks, index, batch_size, individually))
+    with open_chunks(checkpoint, lambda: identity(model, x, y, attacks, index, batch_size, individually)) as store:
+        return _cascade(store, model, x, y, attacks, index, batch_size, progress, individually)
+
+
+def _cascade(
+    store: Chunks,
+    model: nn.Module | Chain,
+    x: Tensor,
+    y: Tensor,
+    attacks: Mapping[str, Attack],
+    index: Tensor,
+    batch_size: int,
+    progress: Callable[[Progress], None] | None,
+    individually: bool,
+) -> CascadeResult:
+    """What `run_cascade` says, of checked arguments."""
     call = _Call(model, x, y, index, device_of(model, x))
     clean = store.chunk("clean", lambda: {"clean": call.clean(batch_size)})["clean"].to(x.device)
     x_adv = own_copy(x)
@@ -157,7 +177,7 @@ def run_cascade(
     stages = []
     for position, (name, attack) in enumerate(attacks.items()):
         attacked = (clean if individually else fallen_to == STANDS).nonzero().squeeze(1)
-        success = torch.zeros_like(clean)
+        success, distance = torch.zeros_like(clean), torch.full(clean.shape, math.nan, dtype=torch.float64, device=x.device)
         totals = dict.fromkeys(("seconds", "refuted", "fresh", "fresh_seconds", "eager", "queries", "bad_gradients"), 0.0)
         for k, rows in enumerate(attacked.split(batch_size) if len(attacked) else ()):
             began = time.perf_counter()
@@ -170,7 +190,7 @@ def run_cascade(
             first = fallen & (fallen_to[rows] == STANDS)
             x_adv[rows[first]] = got["x_adv"][first[fallen]]
             fallen_to[rows[first]] = position
-            success[rows] = fallen
+            success[rows], distance[rows[fallen]] = fallen, got["distance"]
             for key, per_image in (("queries", queries), ("bad_gradients", bad)):
                 per_image[rows] += got[key]
             for key in ("seconds", "refuted", "eager", "queries", "bad_gradients"):
@@ -189,6 +209,7 @@ def run_cascade(
                 totals["seconds"],
                 int(totals["queries"]),
                 success,
+                distance,
                 int(totals["refuted"]),
                 int(totals["bad_gradients"]),
                 ("eager" if totals["eager"] else "chain") if len(attacked) else "",
@@ -203,13 +224,15 @@ def inside(x0: Tensor, x: Tensor, threat: Threat) -> Tensor:
     The tolerance is 4 u (D^(1/p) + eps) with u the unit of x's dtype: every one of D pixels near 1 may be rounded by u, and a radius
     that was computed by u of itself, each a few times.
     """
-    p = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
-    exact, base = x.double().flatten(1), x0.double().flatten(1)
-    distance = torch.linalg.vector_norm(exact - base, p, dim=1)
     eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
-    allowed = eps + 4 * torch.finfo(x.dtype).eps * (exact.shape[1] ** (1 / p) + eps)
+    allowed = eps + 4 * torch.finfo(x.dtype).eps * (x[0].numel() ** (1 / ORDER[threat.norm]) + eps)
     # NaN compares false.
-    return (distance <= allowed) & ((exact >= threat.lo) & (exact <= threat.hi)).all(1)
+    return (distances(x0, x, threat.norm) <= allowed) & ((x >= threat.lo) & (x <= threat.hi)).flatten(1).all(1)
+
+
+def distances(x0: Tensor, x: Tensor, norm: str) -> Tensor:
+    """float64 ``[N]`` from each image to what became of it."""
+    return torch.linalg.vector_norm((x.double() - x0.double()).flatten(1), ORDER[norm], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,10 +275,12 @@ class _Call:
         attack = _of_images(attack, rows, len(self.x), self.device)
         x, y, index = (t.to(self.device) for t in (select(self.x.detach(), rows), self.y[rows], self.index[rows]))
         got: AttackResult = attack.run(self.model, x, y, index)
-        fallen = wrong(self.logits(got.x_adv), y) & inside(x, got.x_adv, attack._terms().threat)
+        threat = attack._terms().threat
+        fallen = wrong(self.logits(got.x_adv), y) & inside(x, got.x_adv, threat)
         return {
             "x_adv": got.x_adv[fallen].contiguous(),
             "fallen": fallen,
+            "distance": distances(x[fallen], got.x_adv[fallen], threat.norm),
             "queries": got.queries,
             "refuted": (got.success & ~fallen).sum(),
             "bad_gradients": got.bad_gradients,
@@ -264,49 +289,68 @@ class _Call:
         }
 
 
-class _Store:
-    """The folder of a cascade: a manifest that says of which call, and a file for each piece of work."""
+@dataclass(frozen=True)
+class Chunks:
+    """The folder of a cascade (None: nothing is kept): a manifest that says of which call, and a file for each piece of work."""
 
-    def __init__(self, folder: Path | None, identity: Callable[[], dict[str, Any]]) -> None:
-        self.folder = folder = None if folder is None else Path(folder)
-        if folder is None:
-            return
-        manifest, now = folder / MANIFEST, identity()
-        try:
-            if folder.is_dir():
-                remove_leftovers(folder)
-            before = json.loads(manifest.read_text()) if manifest.exists() else None
-            if before is None and folder.is_dir() and any(folder.iterdir()):
-                raise InputError(
-                    f"tsrfast.attacks: checkpoint must be a new folder, or one of a cascade, got {folder} with other files"
-                )
-        except OSError as e:
-            raise EnvironmentFault(f"cannot read {folder}: {e.strerror or e}") from e
-        except ValueError as e:
-            if isinstance(e, InputError):
-                raise
-            raise InputError(
-                f"tsrfast.attacks: checkpoint must be a folder of a cascade, got {folder} with another {MANIFEST}"
-            ) from e
-        if before is None:
-            atomic_write(manifest, json.dumps(now, indent=1))
-            return
-        if other := _differences(before, json.loads(json.dumps(now))):
-            raise InputError(
-                f"tsrfast.attacks: checkpoint must be a new folder, or one of the same call, got {folder} of a call with other "
-                + ", ".join(other)
-            )
+    folder: Path | None
 
     def chunk(self, name: str, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `work` returns, or returned in an earlier run; `resumed` says which."""
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         if path is not None and path.exists():
-            return {**load_file(path), "resumed": torch.tensor(True)}
+            try:
+                return {**load(path.read_bytes()), "resumed": torch.tensor(True)}
+            except OSError as e:
+                raise EnvironmentFault(f"cannot read {path}: {e.strerror or e}") from e
+            except SafetensorError as e:
+                raise EnvironmentFault(
+                    f"cannot read {path}: it is damaged ({e}); without it, its images are attacked again"
+                ) from e
         got = work()
         if path is not None:
-            with atomic_path(path) as temp:
-                save_file({key: value.detach().cpu().contiguous() for key, value in got.items()}, temp)
+            atomic_write(path, save({key: value.detach().cpu().contiguous() for key, value in got.items()}))
         return {**got, "resumed": torch.tensor(False)}
+
+
+@contextmanager
+def open_chunks(folder: Path | None, identity: Callable[[], dict[str, Any]]) -> Iterator[Chunks]:
+    """The folder, new or of the same call as `identity` says, closed to other processes.
+
+    Raises:
+        InputError: `folder` holds other files, or belongs to another call.
+        EnvironmentFault: it cannot be read or written, or another process is using it.
+    """
+    if folder is None:
+        yield Chunks(None)
+        return
+    folder, now = Path(folder), identity()
+    manifest = folder / MANIFEST
+    try:
+        if folder.is_dir() and not manifest.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise InputError(
+                f"tsrfast.attacks: checkpoint must be a new folder, or one of a cascade, got {folder} with other files"
+            )
+    except OSError as e:
+        raise EnvironmentFault(f"cannot read {folder}: {e.strerror or e}") from e
+    with closing(lock(folder)):
+        try:
+            remove_leftovers(folder)
+            before = json.loads(manifest.read_text()) if manifest.exists() else None
+        except OSError as e:
+            raise EnvironmentFault(f"cannot read {folder}: {e.strerror or e}") from e
+        except ValueError as e:
+            raise InputError(
+                f"tsrfast.attacks: checkpoint must be a folder of a cascade, got {folder} with another {MANIFEST}"
+            ) from e
+        if before is None:
+            atomic_write(manifest, json.dumps(now, indent=1))
+        elif other := _differences(before, json.loads(json.dumps(now))):
+            raise InputError(
+                f"tsrfast.attacks: checkpoint must be a new folder, or one of the same call, got {folder} of a call with other "
+                + ", ".join(other)
+            )
+        yield Chunks(folder)
 
 
 def _check(x: Tensor, y: Tensor, attacks: Mapping[str, Attack], index: Tensor | None, batch_size: int) -> Tensor:
@@ -345,12 +389,14 @@ def _of_images(attack: Attack, rows: Tensor, count: int, device: torch.device) -
         value = getattr(attack, field.name)
         if isinstance(value, Loss) and value.per_image():
             changed[field.name] = dataclasses.replace(value, **{k: mine(v) for k, v in value.per_image().items()})  # type: ignore[type-var]
+        elif isinstance(value, Attack):  # one within another: Transfer
+            changed[field.name] = _of_images(value, rows, count, device)
         elif field.name in ("eps", *terms.sizes) and isinstance(value, Tensor) and value.ndim and len(value) == count:
             changed[field.name] = mine(value)
     return dataclasses.replace(attack, **changed) if changed else attack
 
 
-def _identity(
+def identity(
     model: nn.Module | Chain,
     x: Tensor,
     y: Tensor,
@@ -360,14 +406,9 @@ def _identity(
     individually: bool,
 ) -> dict[str, Any]:
     """What the result depends on, as JSON values."""
-    described = describe(model)
-    if isinstance(model, nn.Module):  # besides: buffers that are not in the state, and what modules say about themselves
-        held = itertools.chain(model.named_parameters(), model.named_buffers())
-        modules = [[name, type(m).__qualname__, m.extra_repr()] for name, m in model.named_modules()]
-        described = [described, modules, [[name, tensor_hash(t)] for name, t in held]]
     return {
         "tsrfast": tsrfast.__version__,
-        "model": digest(described),
+        "model": digest(describe(model)),
         "images": tensor_hash(x),
         "labels": tensor_hash(y),
         "index": tensor_hash(index),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsrfast.attacks.direction import Draw
 from tsrfast.attacks.loop import Attempt, Batch, Best, Recipe, StepState, check_labels, check_logits, select
@@ -158,6 +158,14 @@ def _add(total: Tensor, more: Tensor | int, rows: Tensor | None) -> None:
         total[rows] += more
 
 
+def _check_dtype(model: Callable[[Tensor], Tensor], x: Tensor, error: RuntimeError) -> None:
+    """Says so if the model failed on images of a dtype that none of its parameters has. Not before: a model may convert them itself."""
+    held = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
+    if held and x.dtype not in held:
+        names = ", ".join(sorted(map(str, held)))
+        raise InputError(f"tsrfast.attacks: x must have the dtype of the model, {names}, got {x.dtype}") from error
+
+
 def evaluate(
     model: Callable[[Tensor], Tensor],
     loss: Loss,
@@ -178,7 +186,12 @@ def evaluate(
     with torch.set_grad_enabled(gradient):
         shown = leaf if view is None else view(leaf)
         version = shown._version
-        logits = model(shown)
+        try:
+            logits = model(shown)
+        except RuntimeError as e:
+            if first:
+                _check_dtype(model, shown, e)
+            raise
         if shown._version != version:
             raise InputError("tsrfast.attacks: model must not change its input in place, but did")
         if first:  # once: looking at labels waits for a GPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,6 +120,7 @@ def _route(
     for who, network in zip(names, networks, strict=False):
         if not isinstance(network, (nn.Module, Chain)):
             raise InputError(f"tsrfast.attacks: {who} must be an nn.Module or a Chain, got {type(network).__name__}")
+        check_device(who, network, x)
     chains, reason = (None, against) if against is not None else _compiled(networks, x, engine, names)
     if chains is not None:
         return Route("chain", reason), chains
@@ -241,6 +243,19 @@ def entering(chain: Chain) -> tuple[int, ...]:
     first = dict(zip(FIELDS, chain.plan[0].tolist(), strict=True))
     flat = first["kind"] == KINDS["linear"]
     return (first["channels"],) if flat else (first["channels"], first["height"], first["width"])
+
+
+def check_device(who: str, network: nn.Module | Chain, x: Tensor | None) -> None:
+    """Some of a module's parameters and buffers, if it has any, are where the images are."""
+    if x is None or not isinstance(network, nn.Module):
+        return
+    where = None
+    for t in itertools.chain(network.parameters(), network.buffers()):
+        if t.device == x.device:
+            return
+        where = t.device
+    if where is not None:
+        raise InputError(f"tsrfast.attacks: {who} must be on x's device {x.device}, got {where}")
 
 
 def check_shape(who: str, chain: Chain, x: Tensor) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tsrfast.attacks import native
+from tsrfast.attacks.apgd import project
 from tsrfast.attacks.attack import Attack, Terms
 from tsrfast.attacks.eager import evaluate
 from tsrfast.attacks.loop import Attempt, Batch, Best, select
 from tsrfast.attacks.losses import Loss, resolve
 from tsrfast.attacks.threat import Threat, check_count
-from tsrfast.errors import InputError, unknown
+from tsrfast.errors import InputError
 from tsrfast.ops import philox_uniform
 
 # Draws of the random numbers: far from those of the random starts, which count from 0 (`starts.py`).
@@ -40,7 +41,8 @@ class Square(Attack):
     unchanged. `AttackResult.queries` counts the question about the image itself, the start of each restart, and the proposals.
 
     Args:
-        norm: ``linf`` (stripes, then squares of x +- eps) or ``l2`` (patterns whose norm is moved between two squares).
+        norm: ``linf`` (stripes, then squares of x +- eps), or ``l2`` and ``l1`` (patterns whose norm is moved between two squares; l1 is
+            not in the paper: patterns are steeper, and images are projected onto ball and box).
         eps: radius in that norm, in pixel units; a number or ``[N]``.
         queries: proposals an image and restart, at most.
         p_init: share of pixels in a square at the beginning, in (0, 1].
@@ -73,8 +75,6 @@ class Square(Attack):
         self._terms()
 
     def _terms(self) -> Terms:
-        if self.norm not in ("linf", "l2"):
-            raise unknown("norm", self.norm, ("linf", "l2"))
         check_count("queries", self.queries, 0)
         check_count("restarts", self.restarts, 1)
         if not 0 < self.p_init <= 1:
@@ -251,21 +251,26 @@ class _Squares(_Proposals):
 
 
 class _Patterns(_Proposals):
-    """l2: patterns whose norm is moved between two squares."""
+    """l2 and l1: patterns whose norm is moved between two squares."""
 
     proposal: Tensor
+
+    @property
+    def p(self) -> int:
+        return 2 if self.attack.norm == "l2" else 1
 
     def first(self) -> Tensor:
         x0 = self.batch.x0
         h, w = x0.shape[2:]
         side = max(min(h, w) // 5, 1)
         u = self.uniform((1 + x0.shape[1]) * (h // side) * (w // side), -1)
-        return self._of(_tiles(u, side, x0.to(self.exact)))
+        return self._of(_tiles(u, side, x0.to(self.exact), self.p))
 
     def propose(self, iteration: int) -> Tensor:
         _, c, h, w = self.x.shape
         delta = self.x.to(self.exact) - self.batch.x0
-        self.proposal = self._of(_shift(self.uniform(5 + c, iteration), self.attack._side(iteration, h, w, 3), delta, self.eps))
+        u, side = self.uniform(5 + c, iteration), self.attack._side(iteration, h, w, 3)
+        self.proposal = self._of(_shift(u, side, delta, self.eps, self.p))
         return self.proposal
 
     def settle(self, better: Tensor) -> None:
@@ -273,9 +278,11 @@ class _Patterns(_Proposals):
         self.x[rows] = self.proposal[rows]
 
     def _of(self, delta: Tensor) -> Tensor:
-        """The image of this change, as long as the ball is wide."""
+        """The image of this change: in l2 as long as the ball is wide, in l1 at most."""
         x0, t = self.batch.x0, self.batch.threat
-        moved = torch.addcmul(x0.to(self.exact), delta, self.eps / (_norm(delta, (1, 2, 3)) + _TINY))
+        if self.p == 1:
+            return project(x0 + delta, self.batch)
+        moved = torch.addcmul(x0.to(self.exact), delta, self.eps / (_norm(delta, (1, 2, 3), 2) + _TINY))
         return moved.clamp_(t.lo, t.hi).to(x0.dtype)
 
 
@@ -297,24 +304,24 @@ def _window(side: int, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _pattern(side: int) -> Tensor:
-    """The change in a square of the l2 attack, of norm 1: a hill above a valley; float64 ``[side, side]`` (paper, section 3.3)."""
+def _pattern(side: int, p: int) -> Tensor:
+    """The change in a square, of lp norm 1: a hill above a valley; float64 ``[side, side]`` (p = 2: paper, section 3.3)."""
 
     def hill(height: int, width: int) -> Tensor:
-        # Rectangles about the middle, the one of radius k with weight 1 / (k + 1)^2: a pixel is in those from its distance on.
+        # Rectangles about the middle, the one of radius k with weight 1 / (k + 1)^(4/p): a pixel is in those from its distance on.
         row, column = (torch.arange(n, device="cpu") - n // 2 for n in (height, width))
         distance = torch.maximum(row.abs()[:, None], column.abs()[None, :])
-        weights = 1 / torch.arange(1, max(height // 2, width // 2) + 2, dtype=torch.float64, device="cpu").square()
+        weights = 1 / torch.arange(1, max(height // 2, width // 2) + 2, dtype=torch.float64, device="cpu") ** (4 // p)
         heap = weights.flip(0).cumsum(0).flip(0)[distance]
-        return heap / heap.norm()
+        return heap / heap.norm(p=p)
 
     pattern = torch.cat([hill(side // 2, side), -hill(side - side // 2, side)])
-    return pattern / pattern.norm()
+    return pattern / pattern.norm(p=p)
 
 
-def _oriented(lying: Tensor, side: int, like: Tensor) -> Tensor:
+def _oriented(lying: Tensor, side: int, like: Tensor, p: int) -> Tensor:
     """The pattern, or where `lying` (bool, any shape) its transpose: ``[*shape, side, side]``."""
-    pattern = _pattern(side).to(like)
+    pattern = _pattern(side, p).to(like)
     return torch.where(lying[..., None, None], pattern.T, pattern)
 
 
@@ -322,17 +329,17 @@ def _signs(u: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(u < 0.5, -1.0, 1.0).to(dtype)
 
 
-def _norm(t: Tensor, dims: tuple[int, ...]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(t, dim=dims, keepdim=True)
+def _norm(t: Tensor, dims: tuple[int, ...], p: int) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(t, ord=p, dim=dims, keepdim=True)
     return norm
 
 
-def _tiles(u: Tensor, side: int, like: Tensor) -> Tensor:
-    """The start of the l2 attack: patterns side by side, each with a sign a channel; shaped as `like`, 0 at the edge that is left over."""
+def _tiles(u: Tensor, side: int, like: Tensor, p: int) -> Tensor:
+    """The start of l2 and l1: patterns side by side, each with a sign a channel; shaped as `like`, 0 at the edge that is left over."""
     n, c, h, w = like.shape
     down, across = h // side, w // side
     lying, signs = u.split([down * across, c * down * across], 1)
-    tiles = _oriented(lying.reshape(n, 1, down, across) < 0.5, side, like)
+    tiles = _oriented(lying.reshape(n, 1, down, across) < 0.5, side, like, p)
     tiles = tiles * _signs(signs, like.dtype).reshape(n, c, down, across, 1, 1)
     delta = torch.zeros_like(like)
     top, left = (h - down * side) // 2, (w - across * side) // 2
@@ -341,9 +348,12 @@ def _tiles(u: Tensor, side: int, like: Tensor) -> Tensor:
     return delta
 
 
-def _shift(u: Tensor, side: int, delta: Tensor, eps: Tensor) -> Tensor:
-    """A step of the l2 attack (paper, algorithm 3): a new pattern in one square, with the norm of that square, of a second one, which
-    becomes 0, and what is left of eps."""
+def _shift(u: Tensor, side: int, delta: Tensor, eps: Tensor, p: int) -> Tensor:
+    """A step of l2 (paper, algorithm 3) and l1: a new pattern in one square, with the norm of that square, of a second one, which
+    becomes 0, and what is left of eps.
+
+    In l1 it is as many times as long as there are channels, as in the authors' code; the projection takes off what is too much.
+    """
     n, c, h, w = delta.shape
     image, _, row, column = delta.stride()
     corners = [_corner(u[:, i : i + 2], side, h, w) for i in (0, 2)]
@@ -351,11 +361,12 @@ def _shift(u: Tensor, side: int, delta: Tensor, eps: Tensor) -> Tensor:
     to, away = ((images + top * row + left * column)[:, None, None, None] + window for top, left in corners)
     out = torch.empty_like(delta).copy_(delta)
     flat = _memory(out)
-    old, moved = flat.take(to), flat.take(away).square().sum((2, 3), keepdim=True)
+    old, moved = flat.take(to), (flat.take(away).abs() ** p).sum((2, 3), keepdim=True)
     flat.put_(away, torch.zeros_like(old))
-    moved = moved + flat.take(to).square().sum((2, 3), keepdim=True)  # of both squares, what they share counted once
-    unspent = (eps.square() - _norm(delta, (1, 2, 3)).square()).clamp_min(0)
-    new = _oriented(u[:, 4:5] < 0.5, side, delta) * _signs(u[:, 5:], delta.dtype)[:, :, None, None]
-    new = new + old / (_norm(old, (2, 3)) + _TINY)
-    flat.put_(to, new / (_norm(new, (2, 3)) + _TINY) * (unspent / c + moved).sqrt())
+    moved = moved + (flat.take(to).abs() ** p).sum((2, 3), keepdim=True)  # of both squares, what they share counted once
+    unspent = (eps**p - _norm(delta, (1, 2, 3), p) ** p).clamp_min(0)
+    new = _oriented(u[:, 4:5] < 0.5, side, delta, p) * _signs(u[:, 5:], delta.dtype)[:, :, None, None]
+    new = new + old / (_norm(old, (2, 3), p) + _TINY)
+    length = unspent / c + moved
+    flat.put_(to, new / (_norm(new, (2, 3), p) + _TINY) * (length.sqrt() if p == 2 else length * c))
     return out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tsrfast import attacks
 from tsrfast.attacks import eager, native
-from tsrfast.attacks.apgd import _APGD, _project
+from tsrfast.attacks.apgd import _APGD, project
 from tsrfast.attacks.loop import Attempt, Batch, Best, own_copy, undisturbed
 from tsrfast.attacks.losses import Loss
 from tsrfast.errors import InputError
@@ -116,7 +116,7 @@ class _Drawn(_APGD):
         x0, threat = batch.x0, batch.threat
         t = self.draw(x0).to(x0)
         if threat.norm == "l1":
-            start = x0 + t if self.larger_eps else _project(x0 + t, batch)  # with larger_eps it is projected on the widest ball
+            start = x0 + t if self.larger_eps else project(x0 + t, batch)  # with larger_eps it is projected on the widest ball
         else:  # on the sphere
             length = t.flatten(1).norm(p=2 if threat.norm == "l2" else torch.inf, dim=1)
             shape = (-1, *[1] * (x0.ndim - 1))

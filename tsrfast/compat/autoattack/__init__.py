@@ -7,12 +7,12 @@ Name                                    Against the original, same seed
 `autopgd_base.APGDAttack`,              same pixels in PyTorch for Linf; to rounding for L2 and L1, and in native code
 `autopgd_base.APGDAttack_targeted`
 `fab_pt.FABAttack_PT`                   the first run follows the original's to rounding; further restarts begin elsewhere
-`square.SquareAttack`                   other random numbers, same success and queries on average; not L1
+`square.SquareAttack`                   other random numbers, same success and queries on average
 `state.EvaluationState`                 what is written to `state_path`, to be read by `from_disk`
 ======================================  ==========================================================================================
 
-Attributes may be set after construction (``adversary.apgd.n_restarts = 1``, ``adversary.attacks_to_run = [...]``), also those that the
-original reads only when it is made.
+Attributes may be set after construction (``adversary.apgd.n_restarts = 1``, ``adversary.attacks_to_run = [...]``), also those of an
+attack that the original reads only when it is made. `epsilon` and `norm` go to the attacks when `AutoAttack` is made, as there.
 
 Different on purpose:
 
@@ -25,7 +25,6 @@ Different on purpose:
 - ``seed=None`` is the time, as there; with `state_path` it is 0, so that the same call can go on.
 - Networks with fewer than 4 classes: attacks by the DLR loss are left out, with a warning (the original fails). Warnings are Python's.
 - Images outside [0, 1], NaN, and labels that are no classes are an `InputError` (a ``ValueError``).
-- L1: Square is not there, so ``version='standard'`` and ``'plus'`` raise `NotCovered`; set `attacks_to_run` with ``version='custom'``.
 - TensorFlow models are not supported.
 """
 

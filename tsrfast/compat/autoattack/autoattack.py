@@ -54,7 +54,7 @@ class AutoAttack:
         log_path: file for the lines.
 
     Raises:
-        NotCovered: TensorFlow models; at a run: Square in L1.
+        NotCovered: TensorFlow models.
     """
 
     def __init__(

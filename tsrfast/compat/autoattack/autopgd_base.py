@@ -113,8 +113,11 @@ class APGDAttack(Single):
             raise unknown("loss", self.loss, LOSSES)
         return Drawn(attacks.APGD(**self._fields(keep, seed), loss=LOSSES[self.loss]))
 
-    def perturb(self, x: Tensor, y: Tensor | None = None, best_loss: bool = False) -> Tensor:
-        """The last adversarial iterates; `best_loss`: those of the highest loss, of all images. Without `y`: of the model's answers."""
+    def perturb(self, x: Tensor, y: Tensor | None = None, best_loss: bool = False, x_init: Tensor | None = None) -> Tensor:
+        """The last adversarial iterates; `best_loss`: those of the highest loss, of all images. Without `y`: of the model's answers.
+
+        `x_init` has no effect, as in the original.
+        """
         return self._perturb(x, y, "best" if best_loss else "last")
 
 
@@ -148,7 +151,7 @@ class APGDAttack_targeted(APGDAttack):
     def attack(self, keep: str, seed: int) -> attacks.Attack:
         return Drawn(attacks.APGDTargeted(**self._fields(keep, seed), target_classes=self.n_target_classes))
 
-    def perturb(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def perturb(self, x: Tensor, y: Tensor | None = None, x_init: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return self._perturb(x, y, "last")
 
 

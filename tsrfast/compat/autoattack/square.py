@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tsrfast import attacks
-from tsrfast.compat._covered import NotCovered
-from tsrfast.compat.autoattack.autopgd_base import NORMS, Single
+from tsrfast.compat.autoattack.autopgd_base import Single
 from tsrfast.errors import InputError, unknown
 
 LOSSES = {"margin": "margin", "ce": "cross_entropy"}
@@ -54,9 +53,6 @@ class SquareAttack(Single):
     def attack(self, keep: str, seed: int) -> attacks.Attack:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
-        if self.norm not in ("Linf", "L2"):
-            has = ", ".join(n for n in NORMS if n != self.norm)
-            raise NotCovered(f"tsrfast.compat.autoattack: norm must be one of {has} for Square, got {self.norm!r}")
         return attacks.Square(
             **self._shared(seed), queries=self.n_queries, p_init=self.p_init, restarts=self.n_restarts, targeted=self.targeted,
             loss=LOSSES[self.loss], rescale_schedule=self.rescale_schedule,
