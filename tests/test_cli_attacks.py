@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 
+from tsrfast._files import lock
 from tsrfast.attacks import APGD, PGD, OracleL2, Square
 from tsrfast.data import load
 from tsrfast.errors import InputError
@@ -283,6 +285,30 @@ def test_masking_is_a_warning_in_one_line(call, checkpoint, tmp_path):
     assert ".py" not in "".join(warned)
     checks = {f["check"] for f in load_evaluation(tmp_path / "out" / "evaluation.json")["masking"]}
     assert "zero_gradient" in checks
+
+
+def test_an_interrupted_attack_goes_on(call, checkpoint, tmp_path, monkeypatch):
+    """Not from the beginning, to the same files; anything else is refused, and so is a second process."""
+    words = ["attack", "--model", checkpoint, "--attack", "pgd", "--limit", 9, "--batch-size", 3]
+    assert call(*words, "--out", tmp_path / "whole")[0] == 0
+    run, seen = PGD.run, []
+
+    def stop(self, model, x, y, index):
+        seen.append(index.tolist())
+        if seen.count([3, 4, 5]) == 1 and seen[-1] == [3, 4, 5]:
+            raise KeyboardInterrupt
+        return run(self, model, x, y, index)
+
+    monkeypatch.setattr(PGD, "run", stop)
+    words += ["--out", tmp_path / "out"]
+    refused(call(*words), "interrupted; the same command goes on from here", code=130)
+    refused(call(*words, "--steps", 3), r"call with other attacks \(from 'pgd' on: steps\)")
+    with closing(lock(tmp_path / "out")):
+        refused(call(*words), "in use by another tsrfast process", code=1)
+    assert call(*words)[0] == 0
+    assert seen == [[0, 1, 2], [3, 4, 5], [3, 4, 5], [6, 7, 8]]
+    for name in ("adversarial.safetensors", "images.csv", "evaluation.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_ctrl_c_and_on(checkpoint, tmp_path):

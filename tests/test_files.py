@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from tsrfast._files import atomic_path, atomic_write, remove_leftovers
+from tsrfast._files import atomic_path, atomic_write, lock, remove_leftovers
 from tsrfast.errors import EnvironmentFault
 
 
@@ -64,3 +64,14 @@ def test_leftovers_go_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path, tmp_path / "not there")
     assert sorted(os.listdir(tmp_path)) == [".lock", "movie.part", "results.json"]
+
+
+def test_a_locked_folder_belongs_to_one(tmp_path):
+    held = lock(tmp_path / "out")
+    with pytest.raises(EnvironmentFault, match=r"out is in use by another tsrfast process"):
+        lock(tmp_path / "out")
+    held.close()
+    lock(tmp_path / "out").close()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EnvironmentFault, match=r"^cannot write .*file"):
+        lock(tmp_path / "file")

@@ -59,6 +59,17 @@ def test_any_difference_shows() -> None:
     assert len({digest(describe(t)) for t in things}) == len(things)
 
 
+def test_what_a_module_holds_beside_its_weights_counts() -> None:
+    models = [net() for _ in range(5)]
+    models[1].shift = torch.tensor(0.1)
+    models[2]._shift = (0.1, 0.2)
+    models[3].register_buffer("late", torch.ones(1), persistent=False)
+    models[4].owner = Plain(models[4])  # an object is not looked into: it may know the module
+    found = [digest(describe(m)) for m in models]
+    assert len(set(found[:4])) == 4
+    assert found[4] == found[0]
+
+
 def test_memory_format_and_mode_do_not_count() -> None:
     a, b = net(), net().eval().to(memory_format=torch.channels_last)
     assert describe(a) == describe(b)

@@ -1,12 +1,14 @@
-"""Files appear whole or not at all: written beside their final name, flushed, then renamed."""
+"""Files appear whole or not at all: written beside their final name, flushed, then renamed; and folders that one process has to itself."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from tsrfast.errors import EnvironmentFault
 
@@ -40,6 +42,29 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         if temp is not None:
             temp.unlink(missing_ok=True)
         raise
+
+
+def lock(folder: Path) -> TextIO:
+    """Make `folder` if there is none, and keep other processes out of it until what is returned is closed, or this process ends.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made or written, or is locked already.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = open(folder / ".lock", "w")  # noqa: SIM115  (held by the caller)
+    except OSError as e:
+        raise EnvironmentFault(f"cannot write {folder}: {e.strerror or e}") from e
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        held.close()
+        if isinstance(e, BlockingIOError):
+            raise EnvironmentFault(
+                f"{folder} is in use by another tsrfast process; wait for it or choose another --out"
+            ) from None
+        raise EnvironmentFault(f"cannot lock {folder}: {e.strerror or e}") from e
+    return held
 
 
 def remove_leftovers(*folders: Path) -> None:

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 def describe(value: Any) -> Any:
     """`value` as JSON values that are equal when a run with it is the same.
 
-    Tensors and modules become hashes of their content (a module: its state_dict, not its mode), dataclasses and other
-    objects their type and public attributes, functions their qualified name (what a closure captured is not seen;
-    `functools.partial` is).
+    Tensors and modules become hashes of their content (a module: its state_dict, and what else its modules hold that is a tensor or
+    plain value, such as a mean that is no buffer; not its mode), dataclasses and other objects their type and public attributes,
+    functions their qualified name (what a closure captured is not seen; `functools.partial` is).
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
         return {"tensor": tensor_hash(value)}
     if isinstance(value, nn.Module):
-        return {"type": _name(type(value)), "weights": weights_hash(value)}
+        return {"type": _name(type(value)), "weights": weights_hash(value), "rest": digest(_beside_weights(value))}
     if isinstance(value, Mapping):
         return {"items": sorted(([describe(k), describe(v)] for k, v in value.items()), key=json.dumps)}
     if isinstance(value, (list, tuple)):
@@ -60,6 +60,23 @@ def tensor_hash(tensor: Tensor) -> str:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 (hex) of the state_dict: names and values."""
     return digest([[name, tensor_hash(t)] for name, t in model.state_dict().items()])
+
+
+def _beside_weights(model: nn.Module) -> list[Any]:
+    """What the state_dict does not say: the kinds of modules, buffers that are not in it, and attributes with plain values."""
+    of_all = vars(nn.Module())  # the mode, hooks, ...
+    modules = []
+    for name, m in model.named_modules():
+        own = {k: describe(v) for k, v in sorted(vars(m).items()) if k not in of_all and _plain(v)}
+        modules.append([name, type(m).__qualname__, m.extra_repr(), own])
+    return [modules, [[name, tensor_hash(t)] for name, t in model.named_buffers()]]
+
+
+def _plain(value: Any) -> bool:
+    """No object: it may know the module that holds it."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype, torch.device))
 
 
 def _name(thing: Any) -> str:

@@ -62,7 +62,7 @@ def reproduce(
 
     reporter = Reporter()
     chosen, where = choose_preset(preset, set_ or []), choose_device(device)
-    with _interruptible("the same command goes on from here"):
+    with _interruptible():
         print(run(experiments or [], chosen, data, out, where, seed, reporter))
 
 
@@ -97,7 +97,9 @@ def attack(
     ] = None,
     batch_size: BatchSize = 500,
     device: Device = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for images, table and report.")] = Path("runs/attack"),
+    out: Annotated[Path, typer.Option(help="Folder for images, table and report; used again, it goes on where it was.")] = Path(
+        "runs/attack"
+    ),
 ) -> None:
     """Attack every image: adversarial.safetensors, images.csv, evaluation.json and a report."""
     from tsrfast._machine import choose_device
@@ -106,7 +108,7 @@ def attack(
 
     subject = Subject(model, data, split, limit, choose_device(device), batch_size)
     given = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "loss": loss, "seed": seed}
-    with _interruptible("nothing was written"):
+    with _interruptible():
         report = run_attack(
             subject, attack, _settings(given), set_ or [], out,
             teacher=teacher, surrogates=surrogate or [], reporter=Reporter(),
@@ -145,7 +147,7 @@ def evaluate(
 
     subject = Subject(model, data, split, limit, choose_device(device), batch_size)
     settings = _settings({"norm": norm, "eps": eps, "seed": seed})
-    with _interruptible("the same command goes on from here"):
+    with _interruptible():
         report = run_evaluation(
             subject, attacks, settings, set_ or [], out,
             individually=individually, masking_images=masking_images, seed=seed or 0, reporter=Reporter(),
@@ -171,7 +173,7 @@ def _settings(given: Mapping[str, str | int | None]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _interruptible(then: str) -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """Ctrl-C is answered with one line and 130; warnings are lines that do not say where in the code they arose."""
 
     def say(message: Warning | str, *place: object, **more: object) -> None:
@@ -182,7 +184,7 @@ def _interruptible(then: str) -> Iterator[None]:
             warnings.showwarning = say
             yield
     except KeyboardInterrupt:  # here, because typer turns those that reach it into a silent exit
-        print(f"tsrfast: interrupted; {then}", file=sys.stderr)
+        print("tsrfast: interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tsrfast._files import lock
 from tsrfast.attacks import APGD, CW, FGSM, PGD, AutoAttack, Square
 from tsrfast.data import Split, load
-from tsrfast.errors import InputError
+from tsrfast.errors import EnvironmentFault, InputError
 from tsrfast.evaluation import GradientMaskingWarning, evaluate, load_evaluation, render, summary_row
 from tsrfast.nets import ConvReLU
 
@@ -191,7 +193,34 @@ def test_an_attack_without_a_radius():
     assert 0 < e.record["attacks"][0]["median_distance"] < 0.2 * 48**0.5
     assert e.findings is None
     assert any("do not have one finite radius" in note for note in e.record["notes"])
-    assert "any distance" not in summary_row(e).markdown()
+    assert any("it looks for the nearest wrong image and has no radius" in note for note in e.record["notes"])
+    assert "| l2, any distance |" in summary_row(e).markdown()
+
+
+def test_the_median_distance_is_that_of_all_whom_the_attack_felled():
+    """Also of those that an attack before it had felled, if each attack gets all images."""
+    attacks = {"large": FGSM(eps=0.1), "small": FGSM(eps=0.02)}
+    e = evaluate(Brightness(), (gray(*MEANS), LABELS), attacks, masking_images=0, progress=False, individually=True)
+    assert [a["fallen"] for a in e.record["attacks"]] == [6, 2]
+    assert [a["median_distance"] for a in e.record["attacks"]] == [pytest.approx(0.1, rel=1e-5), pytest.approx(0.02, rel=1e-5)]
+    assert e.result.stages[1].distance.isnan().sum() == 8
+
+
+def test_a_network_without_gradient_is_looked_at_as_far_as_that_goes():
+    class Detached(Brightness):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    data = (gray(*MEANS), LABELS)
+    with pytest.warns(GradientMaskingWarning, match="exactly 0 for 9 of 9"):
+        e = evaluate(Detached(), data, [Square(eps=0.1, queries=50)], progress=False)
+    assert [f.check for f in e.findings] == ["zero_gradient"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with closing(lock(tmp_path / "out")), pytest.raises(EnvironmentFault, match="out is in use by another tsrfast process"):
+        small(out=tmp_path / "out")
+    assert small(out=tmp_path / "out").robust.count == 3
 
 
 def test_when_nothing_is_left_to_look_at_or_to_run():
@@ -243,7 +272,7 @@ def test_a_note_where_square_finds_what_gradients_did_not():
 
 def test_what_is_written(tmp_path):
     e = small(out=tmp_path, name="a|b", data_name="gray")
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint", "evaluation.json", "report.html", "run.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "checkpoint", "evaluation.json", "report.html", "run.json"}
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record == e.record
     assert record["schema"] == 1

@@ -58,6 +58,18 @@ def test_an_honest_network_gives_no_finding(honest, images, norm, eps):
     assert check_gradient_masking(honest, *images, norm=norm, eps=eps) == []
 
 
+def test_one_image_at_the_border_is_no_sign():
+    """Noise fells it as PGD does, and a ball four times as large holds no other."""
+
+    class Bright(nn.Module):
+        def forward(self, x):
+            above = 4 * (x.mean((1, 2, 3)) - 0.5)
+            return torch.stack([-above, above], 1)
+
+    x = torch.tensor([0.1, 0.2, 0.8, 0.9, 0.5001])[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+    assert check_gradient_masking(Bright(), x, torch.tensor([0, 0, 1, 1, 1]), eps=0.01) == []
+
+
 def test_a_saturated_softmax(honest, images):
     """Logits times 1e4: cross-entropy's gradient underflows to 0 in float32, and the network is as weak as before."""
     findings = check_gradient_masking(Around(honest, after=lambda z: 1e4 * z), *images, eps=EPS)

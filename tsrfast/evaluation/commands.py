@@ -7,30 +7,41 @@ import io
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tsrfast._files import atomic_write, remove_leftovers
+from tsrfast._files import atomic_write, lock, remove_leftovers
 from tsrfast._modes import evaluating
 from tsrfast._progress import Reporter, Update
 from tsrfast.attacks import Attack, Transfer
-from tsrfast.attacks.cascade import STANDS, WRONG_WHEN_CLEAN, CascadeResult, Stage, inside
+from tsrfast.attacks.cascade import (
+    ORDER,
+    STANDS,
+    WRONG_WHEN_CLEAN,
+    CascadeResult,
+    Chunks,
+    Stage,
+    distances,
+    identity,
+    inside,
+    open_chunks,
+)
 from tsrfast.attacks.loop import check_labels, check_logits, undisturbed
 from tsrfast.attacks.losses import wrong
-from tsrfast.attacks.threat import check_count
 from tsrfast.data import load
 from tsrfast.errors import InputError, unknown
 from tsrfast.evaluation.evaluate import Evaluation, evaluate, write
 from tsrfast.evaluation.images import Images, gather
 from tsrfast.evaluation.options import build, build_several, split_settings
-from tsrfast.evaluation.record import distances, make_record
+from tsrfast.evaluation.record import make_record
 from tsrfast.nets import load_checkpoint
 from tsrfast.nets.tensor_file import write_tensor_file
 
-COLUMNS = ("index", "label", "clean_answer", "answer", "right_when_clean", "fallen", "queries", "linf", "l2", "l1")
+COLUMNS = ("index", "label", "clean_answer", "answer", "right_when_clean", "fallen", "queries", *ORDER)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,8 @@ def run_attack(
 ) -> Path:
     """``tsrfast attack``: writes the adversarial images, a row of `images.csv` for each, and an evaluation of the one attack.
 
-    All images are attacked. With a loss that needs no labels, right is what the loss says: the teacher's answer on the same image.
+    All images are attacked; an interrupted run goes on from `checkpoint/` in `out`. With a loss that needs no labels, right is what the
+    loss says: the teacher's answer on the same image.
     """
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     oracle = None if teacher is None else load_model(teacher, subject.device)
@@ -142,38 +154,46 @@ def run_attack(
         attack = Transfer(attack, [load_model(path, subject.device) for path in surrogates])
     with reporter.task("model and data"):
         model, images = subject.open()
-    with reporter.task(name) as update:
-        result, answers = attack_all(model, images, name, attack, subject.batch_size, update)
-    loss = attack._terms().loss
-    notes = ["All images were attacked, also those that are wrong as they are; these count as neither standing nor fallen."]
-    if loss is not None and not loss.needs_labels:
-        notes.append(f"Right is what the teacher answers on the same image (loss {loss.name}); the labels play no part.")
-    record = make_record(
-        model, images, {name: attack}, result, individually=True, name=subject.model.stem, findings=None, notes=notes
-    )
-    remove_leftovers(out)
-    tensors = {"x_adv": result.x_adv, "y": images.y, "right_when_clean": result.clean, "fallen": result.fallen_to == 0}
-    write_tensor_file(out / "adversarial.safetensors", tensors, {"evaluation": record})
-    atomic_write(out / "images.csv", _csv(images, result, answers))
-    evaluation = Evaluation(record, result, None)
-    reporter.say(str(evaluation))
-    seconds, command = time.monotonic() - began, " ".join(["tsrfast", *sys.argv[1:]])
-    return write(evaluation, out, started, seconds, subject.device, command)
+    index, size = torch.arange(len(images.x)), subject.batch_size
+    with closing(lock(out)):
+        remove_leftovers(out)
+        chunks = open_chunks(
+            out / "checkpoint", lambda: identity(model, images.x, images.y, {name: attack}, index, size, individually=True)
+        )
+        with chunks as store, reporter.task(name) as update:
+            result, answers = attack_all(model, images, name, attack, size, update, store)
+        loss = attack._terms().loss
+        notes = ["All images were attacked, also those that are wrong as they are; these count as neither standing nor fallen."]
+        if loss is not None and not loss.needs_labels:
+            notes.append(f"Right is what the teacher answers on the same image (loss {loss.name}); the labels play no part.")
+        record = make_record(
+            model, images, {name: attack}, result, individually=True, name=subject.model.stem, findings=None, notes=notes
+        )
+        tensors = {"x_adv": result.x_adv, "y": images.y, "right_when_clean": result.clean, "fallen": result.fallen_to == 0}
+        write_tensor_file(out / "adversarial.safetensors", tensors, {"evaluation": record})
+        atomic_write(out / "images.csv", _csv(images, result, answers))
+        evaluation = Evaluation(record, result, None)
+        reporter.say(str(evaluation))
+        seconds, command = time.monotonic() - began, " ".join(["tsrfast", *sys.argv[1:]])
+        return write(evaluation, out, started, seconds, subject.device, command)
 
 
 def attack_all(
-    model: nn.Module, images: Images, name: str, attack: Attack, batch_size: int, update: Update
+    model: nn.Module, images: Images, name: str, attack: Attack, batch_size: int, update: Update, store: Chunks
 ) -> tuple[CascadeResult, Tensor]:
     """One attack on every image; fallen is what was right and is no longer, by the loss's own notion and within ball and box.
+
+    Args:
+        model, images, name, attack, batch_size: as for a cascade.
+        update: told after each batch.
+        store: where batches are kept, and found again.
 
     Returns:
         The result as that of a cascade of one attack, but with every image as the attack left it; and the model's answers, int64
         ``[N, 2]``, on clean and on adversarial images.
     """
-    check_count("batch_size", batch_size, 1)
     terms = attack._terms()
-    parts: list[tuple[Tensor, ...]] = []
-    began, refuted, path = time.monotonic(), 0, ""
+    models = terms.loss.models() if terms.loss is not None else ()
 
     def judge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The model's answers, and which of them are wrong."""
@@ -184,38 +204,57 @@ def attack_all(
             right = y if terms.loss is None or terms.loss.needs_labels else terms.loss(x, logits, y)[1]
             return logits.argmax(1), wrong(logits, right)
 
-    models = terms.loss.models() if terms.loss is not None else ()
-    count = len(images.x)
-    for index in torch.arange(count, device=images.x.device).split(batch_size):
+    def work(index: Tensor) -> dict[str, Tensor]:
+        began = time.monotonic()
         x, y = images.x[index], images.y[index]
         before, misses = judge(x, y)
         got = attack.run(model, x, y, index)
         after, missed = judge(got.x_adv, y)
         found = missed & inside(x, got.x_adv, terms.threat)
-        refuted += int((got.success & ~found).sum())
-        path = got.path
-        parts.append((got.x_adv, ~misses, found & ~misses, got.queries, got.bad_gradients, torch.stack([before, after], 1)))
-        update(int(index[-1]) + 1, count)
-    x_adv, clean, fallen, queries, bad, answers = (torch.cat(part) for part in zip(*parts, strict=True))
+        return {
+            "x_adv": got.x_adv,
+            "clean": ~misses,
+            "fallen": found & ~misses,
+            "queries": got.queries,
+            "bad_gradients": got.bad_gradients,
+            "answers": torch.stack([before, after], 1),
+            "refuted": (got.success & ~found).sum()[None],
+            "eager": torch.tensor([got.path != "chain"]),
+            "seconds": torch.tensor([time.monotonic() - began], dtype=torch.float64),
+        }
+
+    count, before, parts = len(images.x), 0, []
+    for k, index in enumerate(torch.arange(count, device=images.x.device).split(batch_size)):
+        parts.append(store.chunk(f"all-{k:05d}", lambda index=index: work(index)))  # type: ignore[misc]
+        done = int(index[-1]) + 1
+        before = done if bool(parts[-1].pop("resumed")) else before
+        update(done, count, "", before)
+    got = {key: torch.cat([part[key].to(images.x.device) for part in parts]) for key in parts[0]}
+    clean, fallen, queries, bad = (got[key] for key in ("clean", "fallen", "queries", "bad_gradients"))
     robust = clean & ~fallen
     stage = Stage(
         name=name,
         attacked=count,
         fallen=int(fallen.sum()),
         robust_accuracy=float(robust.double().mean()),
-        seconds=time.monotonic() - began,
+        seconds=float(got["seconds"].sum()),
         queries=int(queries.sum()),
         success=fallen,
-        refuted=refuted,
+        distance=_far(images.x, got["x_adv"], terms.threat.norm).where(fallen, torch.nan),
+        refuted=int(got["refuted"].sum()),
         bad_gradients=int(bad.sum()),
-        path=path,
+        path="eager" if bool(got["eager"].any()) else "chain",
     )
     fallen_to = torch.where(fallen, 0, torch.where(clean, STANDS, WRONG_WHEN_CLEAN))
-    return CascadeResult(x_adv, clean, robust, fallen_to, queries, bad, (stage,)), answers
+    return CascadeResult(got["x_adv"], clean, robust, fallen_to, queries, bad, (stage,)), got["answers"]
+
+
+def _far(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
+    """float64 ``[N]``; by pieces, for they are float64 too."""
+    return torch.cat([distances(a, b, norm) for a, b in zip(x.split(500), x_adv.split(500), strict=True)])
 
 
 def _csv(images: Images, result: CascadeResult, answers: Tensor) -> str:
-    far = distances(images.x, result.x_adv)
     rows = zip(
         range(len(images.x)),
         images.y.tolist(),
@@ -223,7 +262,7 @@ def _csv(images: Images, result: CascadeResult, answers: Tensor) -> str:
         result.clean.int().tolist(),
         (result.fallen_to == 0).int().tolist(),
         result.queries.tolist(),
-        *(far[norm].tolist() for norm in ("linf", "l2", "l1")),
+        *(_far(images.x, result.x_adv, norm).tolist() for norm in ORDER),
         strict=True,
     )
     out = io.StringIO()

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsrfast._files import atomic_write, remove_leftovers
+from tsrfast._files import atomic_write, lock, remove_leftovers
 from tsrfast._machine import describe_machine
 from tsrfast.attacks import Attack, AutoAttack
 from tsrfast.attacks.autoattack import suited
-from tsrfast.attacks.cascade import CascadeResult, Progress, run_cascade
+from tsrfast.attacks.cascade import CascadeResult, Progress, device_of, run_cascade
 from tsrfast.attacks.threat import check_count
 from tsrfast.errors import InputError
 from tsrfast.evaluation.images import Images, gather
@@ -87,7 +87,8 @@ def evaluate(
 
     Args:
         model: network from ``[N, C, H, W]`` in [0, 1] to logits; run in eval mode, left as it was.
-        data: a `tsrfast.data.Split`, ``(x, y)``, or batches of that (a DataLoader that does not shuffle). Moved to the model's device.
+        data: a `tsrfast.data.Split`, ``(x, y)``, or batches of that (a DataLoader that does not shuffle).
+            Moved to the model's device a batch at a time.
         attacks: by name, or a sequence, named by their classes. Not targeted. An `AutoAttack` stands for its members.
         out: folder for `evaluation.json`, `run.json` (times, machine), `report.html`, and `checkpoint/`, from which the same call goes on
             after an interruption, to the same bytes in `evaluation.json`. None: nothing is written.
@@ -102,7 +103,7 @@ def evaluate(
 
     Raises:
         InputError: bad model outputs, data or attacks; `out` belongs to an evaluation of something else.
-        EnvironmentFault: `out` cannot be written.
+        EnvironmentFault: `out` cannot be written, or another process is using it.
 
     Warns:
         GradientMaskingWarning: one for each finding.
@@ -112,33 +113,34 @@ def evaluate(
     check_count("masking_images", masking_images, 0)
     if not isinstance(model, nn.Module):
         raise InputError(f"tsrfast.evaluation: model must be a torch.nn.Module, got {type(model).__name__}")
-    images = on_device_of(model, gather(data, limit, data_name))
+    images = gather(data, limit, data_name)
     named = _members(_named(attacks), model, images, batch_size)
     folder = None if out is None else Path(out)
-    if folder is not None:
-        remove_leftovers(folder)
-    with ExitStack() as stack:
-        update = stack.enter_context(_reporting()) if progress else None
-        result = run_cascade(
-            model,
-            images.x,
-            images.y,
-            named,
-            batch_size=batch_size,
-            checkpoint=None if folder is None else folder / "checkpoint",
-            progress=update,
-            individually=individually,
-        )
-    because = _no_checks(named, result) if masking_images else "not asked for"
-    findings = None if because else _findings(model, images, named, result, masking_images, seed, progress)
-    notes = [f"Gradient masking was not looked for: {because}."] if because else []
-    record = make_record(model, images, named, result, individually=individually, name=name, findings=findings, notes=notes)
-    for finding in findings or ():
-        warnings.warn(str(finding), GradientMaskingWarning, stacklevel=2)
-    evaluation = Evaluation(record, result, findings)
-    if folder is not None:
-        write(evaluation, folder, started, time.monotonic() - began, images.x.device, command)
-    return evaluation
+    with nullcontext() if folder is None else closing(lock(folder)):
+        if folder is not None:
+            remove_leftovers(folder)
+        with ExitStack() as stack:
+            update = stack.enter_context(_reporting()) if progress else None
+            result = run_cascade(
+                model,
+                images.x,
+                images.y,
+                named,
+                batch_size=batch_size,
+                checkpoint=None if folder is None else folder / "checkpoint",
+                progress=update,
+                individually=individually,
+            )
+        because = _no_checks(named, result) if masking_images else "not asked for"
+        findings = None if because else _findings(model, images, named, result, masking_images, seed, progress)
+        notes = [f"Gradient masking was not looked for: {because}."] if because else []
+        record = make_record(model, images, named, result, individually=individually, name=name, findings=findings, notes=notes)
+        for finding in findings or ():
+            warnings.warn(str(finding), GradientMaskingWarning, stacklevel=2)
+        evaluation = Evaluation(record, result, findings)
+        if folder is not None:
+            write(evaluation, folder, started, time.monotonic() - began, device_of(model, images.x), command)
+        return evaluation
 
 
 def write(
@@ -156,12 +158,6 @@ def write(
     atomic_write(folder / "evaluation.json", json.dumps(evaluation.record, indent=1, allow_nan=False))
     atomic_write(folder / "run.json", json.dumps(run, indent=1))
     return render(evaluation.record, folder, run=run)
-
-
-def on_device_of(model: nn.Module, images: Images) -> Images:
-    """The images where the model's first parameter is."""
-    first = next(model.parameters(), None)
-    return images if first is None else Images(images.x.to(first.device), images.y.to(first.device), images.name)
 
 
 def _named(attacks: Mapping[str, Attack] | Sequence[Attack]) -> dict[str, Attack]:
@@ -221,14 +217,13 @@ def _findings(
     threat = common_threat(attacks)
     assert threat is not None  # see `_no_checks`
     right = result.clean.nonzero().squeeze(1)[:count]
+    x, y = (t[right].to(device_of(model, images.x)) for t in (images.x, images.y))
     with ExitStack() as stack:
         if progress:
             from tsrfast._progress import Reporter
 
             stack.enter_context(Reporter().task("checks for gradient masking"))
-        return tuple(
-            check_gradient_masking(model, images.x[right], images.y[right], norm=threat.norm, eps=float(threat.eps), seed=seed)
-        )
+        return tuple(check_gradient_masking(model, x, y, norm=threat.norm, eps=float(threat.eps), seed=seed))
 
 
 @contextmanager

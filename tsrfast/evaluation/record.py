@@ -6,20 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import tsrfast
 from tsrfast._identity import describe, tensor_hash, weights_hash
 from tsrfast.attacks import Attack, Square, Threat
-from tsrfast.attacks.cascade import CascadeResult
+from tsrfast.attacks.cascade import CascadeResult, device_of
 from tsrfast.evaluation.images import Images
 from tsrfast.evaluation.masking import Finding
 from tsrfast.evaluation.share import Share
 
 SCHEMA = 1
 _BLIND = 0.002  # share of the images; AutoAttack's own limit
-_ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
 def make_record(
@@ -35,14 +33,13 @@ def make_record(
 ) -> dict[str, Any]:
     """The document. Its numbers are those of `result`, counted once more from its masks."""
     n = len(images.x)
-    distance = distances(images.x, result.x_adv)
     standing = result.clean.clone()
     entries = []
-    for position, (stage, attack) in enumerate(zip(result.stages, attacks.values(), strict=True)):
+    for stage, attack in zip(result.stages, attacks.values(), strict=True):
         standing &= ~stage.success
         after = result.clean & ~stage.success if individually else standing
         threat = attack._terms().threat
-        moved = distance[threat.norm][result.fallen_to == position]
+        moved = stage.distance[stage.success]
         entries.append(
             {
                 "name": stage.name,
@@ -75,7 +72,7 @@ def make_record(
             "shape": list(images.x.shape[1:]),
             "sha256": {"images": tensor_hash(images.x), "labels": tensor_hash(images.y)},
         },
-        "device": images.x.device.type,
+        "device": device_of(model, images.x).type,
         "threat": None if common is None else _threat(common),
         "individually": individually,
         "clean": Share(int(result.clean.sum()), n).record(),
@@ -96,12 +93,6 @@ def common_threat(attacks: Mapping[str, Attack]) -> Threat | None:
     return first if same else None
 
 
-def distances(x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
-    """float64 ``[N]`` from each image to its adversarial image, by norm."""
-    change = (x_adv.double() - x.double()).flatten(1)
-    return {norm: torch.linalg.vector_norm(change, p, dim=1) for norm, p in _ORDER.items()}
-
-
 def _threat(threat: Threat) -> dict[str, Any]:
     """`eps`: a number; the least and the most where images have their own; null where any distance is allowed."""
     if isinstance(threat.eps, Tensor):
@@ -120,6 +111,12 @@ def _notes(attacks: Mapping[str, Attack], result: CascadeResult, threat: Threat 
             "The attacks have different threats (norm, radius or box): the worst case is over the union of what they may do."
         )
     for position, stage in enumerate(result.stages):
+        own = attacks[stage.name]._terms().threat
+        if not isinstance(own.eps, Tensor) and math.isinf(own.eps):
+            notes.append(
+                f"{stage.name}: it looks for the nearest wrong image and has no radius: an image has fallen where it found one at any "
+                "distance, so that accuracy and worst case say little; the median distance does."
+            )
         blind = isinstance(attacks[stage.name], Square) and not individually
         if blind and position and stage.fallen > _BLIND * len(result.clean):
             notes.append(

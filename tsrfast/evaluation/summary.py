@@ -17,7 +17,8 @@ HEADER = (
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """Accuracies in [0, 1]; the robust one is the worst case over `attacks`. `norm` and `eps` are None where the attacks' threats differ."""
+    """Accuracies in [0, 1]; the robust one is the worst case over `attacks`. `norm` and `eps` are None where the attacks' threats differ;
+    `eps` alone where any distance is allowed."""
 
     method: str
     architecture: str
@@ -30,7 +31,7 @@ class SummaryRow:
 
     def markdown(self) -> str:
         """One line under `HEADER`."""
-        threat = "mixed" if self.norm is None else self.norm if self.eps is None else f"{self.norm}, {radius(self.eps)}"
+        threat = "mixed" if self.norm is None else f"{self.norm}, {'any distance' if self.eps is None else radius(self.eps)}"
         cells = [
             self.method,
             self.architecture,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,10 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import tsrfast
-from tsrfast._files import atomic_write, remove_leftovers
+from tsrfast._files import atomic_write, lock, remove_leftovers
 from tsrfast.errors import EnvironmentFault
 
 
@@ -43,16 +42,7 @@ class Store:
     """What this process asked for: name, seconds, cached."""
 
     def __post_init__(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock: TextIO = open(self.root / ".lock", "w")  # noqa: SIM115  (held as long as the process lives)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EnvironmentFault(
-                f"{self.root} is in use by another tsrfast process; wait for it or choose another --out"
-            ) from None
-        except OSError as e:
-            raise EnvironmentFault(f"cannot write {self.root}: {e.strerror or e}") from e
+        self._lock = lock(self.root)
 
     def close(self) -> None:
         """Let another process use the folder."""
