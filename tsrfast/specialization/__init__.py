@@ -12,10 +12,11 @@ from tsrfast.specialization.scores import (
     mbnc,
     pearson,
     sorted_bnc,
+    spearman,
     specialization_frequency,
     specialized_counts,
 )
-from tsrfast.specialization.subspace import PatchBasis, eps_curves, patch_basis, subspace_distance
+from tsrfast.specialization.subspace import PatchBasis, distance_to_patches, eps_curves, patch_basis, subspace_distance
 
 __all__ = [
     "ChannelCorrelation",
@@ -25,11 +26,13 @@ __all__ = [
     "SpecializedCounts",
     "bnc",
     "correlate",
+    "distance_to_patches",
     "eps_curves",
     "mbnc",
     "patch_basis",
     "pearson",
     "sorted_bnc",
+    "spearman",
     "specialization_frequency",
     "specialized_counts",
     "subspace_distance",

@@ -114,6 +114,21 @@ def pearson(x: Tensor, y: Tensor) -> Pearson:
     return Pearson(r, n, _betainc((n - 2) / 2, 0.5, (1 - r) * (1 + r)) if n > 2 else math.nan)
 
 
+def spearman(x: Tensor, y: Tensor) -> Pearson:
+    """Spearman's rank correlation: `pearson` of the ranks, equal values sharing their mean rank. Arguments as there."""
+    if x.shape != y.shape:
+        raise InputError(f"tsrfast.spearman: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    a, b = (v.detach().flatten().to("cpu", torch.float64) for v in (x, y))
+    kept = ~(a.isnan() | b.isnan())
+    return pearson(_ranks(a[kept]), _ranks(b[kept]))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[which]
+
+
 def _betainc(a: float, b: float, x: float) -> float:
     """Regularised incomplete beta function I_x(a, b): its continued fraction, by Lentz's method (Numerical Recipes 6.4)."""
     if x <= 0 or x >= 1:

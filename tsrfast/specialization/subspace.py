@@ -6,6 +6,7 @@ of the patches' leading principal components is invisible on natural images, but
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,38 @@ def patch_basis(images: Tensor, kernel: int = 3, components: int = 17) -> PatchB
     vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return PatchBasis(state.mean_student.cpu(), eigenvalues.flip(0), vectors * largest.sign(), components)
+
+
+def distance_to_patches(images: Tensor, basis: PatchBasis) -> Tensor:
+    """How far images are from the subspace that patches of natural images live in.
+
+    The root of the sum over all valid patches p of |(I - U U^T) (p - mean)|^2, with U the leading vectors of `basis`.
+
+    Args:
+        images: ``[N, C, H, W]``, float; computed in their dtype and on their device.
+        basis: of patches of the same pixels.
+
+    Returns:
+        ``[N]``, of the images' dtype.
+
+    Raises:
+        InputError: images whose patches have another number of values than the basis.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        given = f"{images.dtype} {tuple(images.shape)}"
+        raise InputError(f"tsrfast.distance_to_patches: images must be float [N, C, H, W], got {given}")
+    channels = images.shape[1]
+    kernel = math.isqrt(len(basis.mean) // channels) if channels else 0
+    if channels * kernel**2 != len(basis.mean) or min(images.shape[2:]) < kernel:
+        raise InputError(
+            f"tsrfast.distance_to_patches: images must have patches of {len(basis.mean)} values as the basis has, "
+            f"got shape {tuple(images.shape)}"
+        )
+    outside = basis.vectors[:, basis.components :]
+    if outside.shape[1] == 0:
+        return images.new_zeros(len(images))
+    filters = outside.mT.reshape(-1, channels, kernel, kernel).to(images)
+    return F.conv2d(images, filters, -(outside.mT @ basis.mean).to(images)).flatten(1).norm(dim=1)
 
 
 def subspace_distance(w_student: Tensor, w_teacher: Tensor, basis: PatchBasis) -> tuple[Tensor, Tensor]:
