@@ -39,7 +39,8 @@ def info() -> None:
 @app.command()
 def reproduce(
     experiments: Annotated[
-        list[str] | None, typer.Argument(help="fig2 fig3 fig4 table1 table3; all when none is named.")
+        list[str] | None,
+        typer.Argument(help="table1 to table5, fig2 to fig12, fig14 to fig16, global; all, or none named: all of them."),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="Size of the run: smoke (a minute), quick (some minutes), paper (for a GPU).")

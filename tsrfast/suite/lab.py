@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from tsrfast._progress import Reporter
 from tsrfast.attacks import Loss
-from tsrfast.data import Dataset
+from tsrfast.data import Dataset, Split
 from tsrfast.nets import ConvReLU, fold, load_checkpoint
-from tsrfast.specialization import NormalizedCorrelation, PatchBasis, subspace_distance
+from tsrfast.specialization import NormalizedCorrelation, PatchBasis, distance_to_patches, subspace_distance
 from tsrfast.suite import stages
+from tsrfast.suite.modes import MODES
 from tsrfast.suite.presets import PAPER_EPOCHS, Preset
 from tsrfast.suite.stages import AttackSpec
 from tsrfast.suite.store import Artifact, Store
 
-# Training modes as the paper writes them.
-MODES = {"at_oracle": "AT", "st_logit": "ST", "st_label": "ST-label"}
+NETS = ("4 layers", "5 layers")
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,31 @@ class Student:
     """A trained student at one of the paper's epochs: the unit that tables and figures speak of.
 
     Attributes:
-        mode: ``at_oracle``, ``st_logit`` or ``st_label``.
-        epoch: 50, 100, 150, 200 or 300 in the paper's counting; 0 is the untrained network.
+        mode: a key of `tsrfast.suite.modes.MODES`.
+        epoch: 50, 100, 150, 200 or 300 in the paper's counting, up to the mode's last; 0 is the untrained network.
         run: 0, or the number of an independent run (another initialisation and order): 1 is the surrogate of table 1.
+        nets: of `NETS`: how deep the oracle and the student are. Five layers have an oracle of their own.
     """
 
     mode: str
     epoch: int
     run: int = 0
+    nets: str = NETS[0]
 
     @property
     def name(self) -> str:
         """As the paper writes it: AT(50), ST(300)."""
-        return f"{MODES[self.mode]}({self.epoch})"
+        return f"{MODES[self.mode].title}({self.epoch})"
+
+    @property
+    def title(self) -> str:
+        """The name, and which run and nets where they are not the usual ones."""
+        return self.name + (f" run {self.run}" if self.run else "") + (f" {self.nets}" if self.nets != NETS[0] else "")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As JSON, for the store."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "nets" or v != NETS[0]}
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ class Lab:
     ) -> None:
         self.data, self.preset, self.seed, self.device = data, preset, seed, device
         self.store, self.reporter = store, reporter
+        self.runs: dict[Student, Artifact] = {}
+        """The training runs that were asked for so far, by their untrained student."""
 
     def derive(self, *what: object) -> int:
         """A seed of its own for every use: 31 bits of SHA-256 of the run's seed and what it is for."""
@@ -79,47 +94,81 @@ class Lab:
 
     # --- networks -------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def teacher(self) -> Artifact:
-        """The unpruned teacher."""
-        config = self._settings(
-            "widths", "teacher_epochs", "teacher_optimizer", "teacher_lr", "teacher_batch_size", "teacher_weight_decay",
-            "teacher_augment",
-        )  # fmt: skip
-        build = functools.partial(stages.train_teacher, self)
-        return self.store.artifact("teacher", config, {}, build, resumable=True)
-
-    @functools.cached_property
-    def oracle(self) -> Artifact:
-        """The oracle f*: teacher pruned, fine-tuned, shrunk and folded."""
-        config = self._settings(
-            "prune_ratios", "finetune_epochs", "finetune_lr", "teacher_optimizer", "teacher_batch_size", "teacher_weight_decay",
-            "teacher_augment",
-        )  # fmt: skip
-        build = functools.partial(stages.make_oracle, self, self.teacher)
-        return self.store.artifact("oracle", config, {"teacher": self.teacher}, build, resumable=True)
-
-    @functools.cached_property
-    def oracle_net(self) -> ConvReLU:
-        """f* as a network on the device."""
-        return self.load(self.oracle.folder / "oracle.safetensors")
-
-    def run_of(self, mode: str, run: int) -> Artifact:
-        """A student's training run: a checkpoint at every epoch of the preset."""
-        config = self._settings("student_factor", "student_images", "epochs", "optimizer", "lr", "batch_size") | {
-            "mode": mode,
-            "run": run,
-        }
-        if mode == "at_oracle":
-            config |= self._settings("eps", "train_steps", "train_step_size")
-        build = functools.partial(stages.train_student, self, mode, run)
-        return self.store.artifact("student", config, {"oracle": self.oracle}, build, resumable=True)
+    def _depth(self, nets: str) -> dict[str, Any]:
+        """Widths and pruning ratios of the teacher: with 5 layers, one more of the last but one's size before the last (section 5.1)."""
+        p = self.preset
+        if nets == NETS[0]:
+            return {"widths": p.widths, "prune_ratios": p.prune_ratios}
+        return {"widths": (*p.widths[:-1], *p.widths[-2:]), "prune_ratios": (*p.prune_ratios[:-1], *p.prune_ratios[-2:])}
 
     @functools.cache  # noqa: B019  (a lab lives as long as its process)
+    def teacher_of(self, nets: str) -> Artifact:
+        """The unpruned teacher."""
+        widths = self._depth(nets)["widths"]
+        config = self._settings(
+            "teacher_epochs", "teacher_optimizer", "teacher_lr", "teacher_batch_size", "teacher_weight_decay", "teacher_augment",
+        ) | {"widths": widths}  # fmt: skip
+        build = functools.partial(stages.train_teacher, self, widths)
+        return self.store.artifact("teacher", config, {}, build, resumable=True)
+
+    @functools.cache  # noqa: B019
+    def oracle_of(self, nets: str) -> Artifact:
+        """The oracle f*: teacher pruned, fine-tuned, shrunk and folded."""
+        teacher, ratios = self.teacher_of(nets), self._depth(nets)["prune_ratios"]
+        config = self._settings(
+            "finetune_epochs", "finetune_lr", "teacher_optimizer", "teacher_batch_size", "teacher_weight_decay", "teacher_augment",
+        ) | {"prune_ratios": ratios}  # fmt: skip
+        build = functools.partial(stages.make_oracle, self, teacher, ratios)
+        return self.store.artifact("oracle", config, {"teacher": teacher}, build, resumable=True)
+
+    @functools.cache  # noqa: B019
+    def oracle_net_of(self, nets: str) -> ConvReLU:
+        """f* as a network on the device."""
+        return self.load(self.oracle_of(nets).folder / "oracle.safetensors")
+
+    @property
+    def oracle(self) -> Artifact:
+        """The oracle of 4 layers."""
+        return self.oracle_of(NETS[0])
+
+    @property
+    def oracle_net(self) -> ConvReLU:
+        """The oracle of 4 layers as a network on the device."""
+        return self.oracle_net_of(NETS[0])
+
+    def epochs(self, mode: str) -> dict[int, int]:
+        """The paper's epochs at which a mode's run has checkpoints -> epochs of the preset."""
+        return {t: e for t, e in zip(PAPER_EPOCHS, self.preset.epochs, strict=True) if t <= MODES[mode].last}
+
+    def run_of(self, student: Student) -> Artifact:
+        """The training run of a student: a checkpoint at every epoch of the preset up to the mode's last."""
+        mode = MODES[student.mode]
+        epochs = list(self.epochs(student.mode).values())
+        config = self._settings("student_factor", "student_images", "optimizer", "lr", "batch_size", *mode.settings)
+        config |= {"epochs": epochs} | {k: v for k, v in student.identity.items() if k != "epoch"}
+        build = functools.partial(stages.train_student, self, student)
+        inputs = {"oracle": self.oracle_of(student.nets)} | mode.inputs(self, student)
+        found = self.store.artifact("student", config, inputs, build, resumable=True)
+        self.runs[dataclasses.replace(student, epoch=0)] = found
+        return found
+
+    @functools.cache  # noqa: B019
     def checkpoint(self, student: Student) -> Path:
         """The checkpoint file of a student."""
-        epochs = {0: 0, **dict(zip(PAPER_EPOCHS, self.preset.epochs, strict=True))}
-        return self.run_of(student.mode, student.run).folder / f"epoch_{epochs[student.epoch]:04d}.safetensors"
+        epoch = {0: 0, **self.epochs(student.mode)}[student.epoch]
+        return self.run_of(student).folder / f"epoch_{epoch:04d}.safetensors"
+
+    @functools.cache  # noqa: B019
+    def robust_images(self, student: Student) -> Artifact:
+        """The students' training images as `student` sees them (eq. 35, see `tsrfast.training.robust_features`)."""
+        config = self._settings("student_images", "rft_steps", "rft_step_size") | {"student": student.identity}
+        inputs = {"oracle": self.oracle_of(student.nets), "run": self.run_of(student)}
+        build = functools.partial(stages.make_robust_images, self, student)
+        return self.store.artifact("robust_images", config, inputs, build, resumable=False)
+
+    def robust_split(self, student: Student) -> Split:
+        """The same as images and labels to train on."""
+        return stages.load_split(self.robust_images(student).folder)
 
     def load(self, path: Path) -> ConvReLU:
         """A network from a checkpoint, on the device, in eval mode, in the fast memory format."""
@@ -135,15 +184,15 @@ class Lab:
     ) -> dict[str, Tensor]:
         """Predictions on adversarial images (see `stages.attack`) made against `source`, or against the one student itself."""
         victim = source or students[0]
-        runs = {f"{s.name} run {s.run}": self.run_of(s.mode, s.run) for s in dict.fromkeys((victim, *students))}
+        runs = {f"{s.name} run {s.run}": self.run_of(s) for s in dict.fromkeys((victim, *students))}
         config = self._settings() | {
-            "attack": dataclasses.asdict(attack),
+            "attack": attack.identity,
             "images": images,
             "repetition": repetition,
-            "victim": dataclasses.asdict(victim),
-            "students": [dataclasses.asdict(s) for s in students],
+            "victim": victim.identity,
+            "students": [s.identity for s in students],
         }
-        inputs = {"oracle": self.oracle} | runs
+        inputs = {"oracle": self.oracle_of(victim.nets)} | runs | ({"patches": self.patches} if attack.side else {})
         build = functools.partial(stages.attack, self, students, victim, attack, images, repetition)
         artifact = self.store.artifact("attack", config, inputs, build, resumable=False)
         return stages.load_predictions(artifact.folder)
@@ -188,26 +237,34 @@ class Lab:
     @functools.cache  # noqa: B019
     def correlation(self, student: Student) -> list[NormalizedCorrelation]:
         """Normalized correlation of every conv layer with the oracle's, over test images."""
-        config = self._settings("correlation_images") | {"student": dataclasses.asdict(student)}
-        inputs = {"oracle": self.oracle, "run": self.run_of(student.mode, student.run)}
+        config = self._settings("correlation_images") | {"student": student.identity}
+        inputs = {"oracle": self.oracle_of(student.nets), "run": self.run_of(student)}
         build = functools.partial(stages.correlate, self, student)
         return stages.load_correlation(self.store.artifact("correlation", config, inputs, build, resumable=False).folder)
 
     @functools.cached_property
-    def basis(self) -> PatchBasis:
-        """PCA of 3x3x3 patches of training images, 17 components."""
+    def patches(self) -> Artifact:
+        """PCA of 3x3x3 patches of training images."""
         build = functools.partial(stages.analyse_patches, self)
-        return stages.load_basis(
-            self.store.artifact("patches", self._settings("patch_images"), {}, build, resumable=False).folder
-        )
+        return self.store.artifact("patches", self._settings("patch_images"), {}, build, resumable=False)
+
+    @functools.cached_property
+    def basis(self) -> PatchBasis:
+        """The same as an object, 17 components."""
+        return stages.load_basis(self.patches.folder)
+
+    @property
+    def distance(self) -> Callable[[Tensor], Tensor]:
+        """How far images are from the subspace of natural patches."""
+        return functools.partial(distance_to_patches, basis=self.basis)
 
     @functools.cache  # noqa: B019
     def subspace(self, student: Student) -> tuple[Tensor, Tensor]:
         """(eps_in, eps_out) between first-layer filters, both acting on raw pixels (normalisations folded)."""
-        nets = (self.load(self.checkpoint(student)), self.oracle_net)
+        nets = (self.load(self.checkpoint(student)), self.oracle_net_of(student.nets))
         w_student, w_teacher = (fold(net).state_dict()["convs.0.weight"].cpu() for net in nets)
         return subspace_distance(w_student, w_teacher, self.basis)
 
-    def oracle_loss(self, objective: str) -> Loss:
+    def oracle_loss(self, objective: str, nets: str = NETS[0]) -> Loss:
         """The attack's loss of that name, with the oracle as its teacher where it needs one."""
-        return stages.OBJECTIVES[objective](self.oracle_net)
+        return stages.OBJECTIVES[objective](self.oracle_net_of(nets))

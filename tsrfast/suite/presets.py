@@ -47,6 +47,9 @@ class Preset:
     eps: float
     train_steps: int
     train_step_size: float
+    rft_steps: int
+    """Steps towards each robust-feature image (table 5), and their l2 length."""
+    rft_step_size: float
     steps: int
     step_size: float
     l2_eps: float
@@ -96,7 +99,7 @@ PAPER = Preset(
     teacher_epochs=200, teacher_optimizer="sgd", teacher_lr="cosine:0.1", teacher_batch_size=128, teacher_weight_decay=5e-4,
     teacher_augment=True, finetune_epochs=60, finetune_lr="cosine:0.01",
     student_factor=1.1, epochs=PAPER_EPOCHS, optimizer="sgd", lr="piecewise:0=0.001,5=0.002,10=0.005,30=0.01", batch_size=64,
-    eps=10 / 255, train_steps=40, train_step_size=0.01, steps=40, step_size=0.01, l2_eps=0.5, l1_eps=12.0,
+    eps=10 / 255, train_steps=40, train_step_size=0.01, rft_steps=1000, rft_step_size=0.1, steps=40, step_size=0.01, l2_eps=0.5, l1_eps=12.0,
     repetitions=10, eval_images=5000, matrix_images=10000, eval_batch_size=500, correlation_images=None, patch_images=4000,
 )  # fmt: skip
 # Widths of which the students' 25-15-15-11 fit the 16 lanes of a vector. Strong weight decay makes a smooth oracle out of a short
@@ -109,7 +112,7 @@ QUICK = dataclasses.replace(
     teacher_epochs=3, teacher_lr="cosine:0.02", teacher_batch_size=64, teacher_weight_decay=0.005, teacher_augment=False,
     finetune_epochs=1, finetune_lr="cosine:0.005",
     epochs=(1, 2, 3, 4, 6), optimizer="adam", lr="constant:0.0007", batch_size=32,
-    train_steps=5, train_step_size=0.02, steps=10,
+    train_steps=5, train_step_size=0.02, rft_steps=20, rft_step_size=0.5, steps=10,
     repetitions=2, eval_images=400, matrix_images=400, eval_batch_size=100, correlation_images=1000, patch_images=1000,
 )  # fmt: skip
 SMOKE = dataclasses.replace(
@@ -117,7 +120,7 @@ SMOKE = dataclasses.replace(
     name="smoke",
     train_images=1024, student_images=128, test_images=256,
     widths=(12, 12, 12, 12), teacher_epochs=3, teacher_optimizer="adam", teacher_lr="cosine:0.003", teacher_batch_size=32,
-    teacher_weight_decay=0.0, finetune_lr="cosine:0.001", train_steps=2, steps=3, step_size=0.02,
+    teacher_weight_decay=0.0, finetune_lr="cosine:0.001", train_steps=2, rft_steps=3, steps=3, step_size=0.02,
     repetitions=2, eval_images=32, matrix_images=32, eval_batch_size=32, correlation_images=64, patch_images=64,
 )  # fmt: skip
 

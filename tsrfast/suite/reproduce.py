@@ -42,7 +42,7 @@ def reproduce(
     What was computed before in the same `out` is reused, so an interrupted run goes on where it was.
 
     Args:
-        experiments: names from `EXPERIMENTS`.
+        experiments: names from `EXPERIMENTS`, or ``all``.
         preset: sizes.
         data_spec: see `tsrfast.data.load`.
         out: folder for results and, in `out`/store, artifacts.
@@ -58,8 +58,10 @@ def reproduce(
         EnvironmentFault: `out` cannot be written or is in use.
     """
     for name in experiments:
-        if name not in EXPERIMENTS:
-            raise unknown("experiment", name, EXPERIMENTS)
+        if name not in EXPERIMENTS and name != "all":
+            raise unknown("experiment", name, [*EXPERIMENTS, "all"])
+    if "all" in experiments:
+        experiments = []
     if seed < 0:
         raise InputError(f"--seed: must be 0 or more, got {seed}")
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tsrfast._files import atomic_write
@@ -32,10 +33,12 @@ from tsrfast.nets import (
 )
 from tsrfast.specialization import NormalizedCorrelation, PatchBasis, patch_basis
 from tsrfast.specialization import correlate as correlate_nets
-from tsrfast.training import Objective, OracleAdversarial, TeacherLabels, TeacherLogits, TrueLabels, train
+from tsrfast.suite.modes import MODES
+from tsrfast.training import TrueLabels, TwoStarts, robust_features, train
 
 if TYPE_CHECKING:
     from tsrfast.suite.lab import Lab, Student
+    from tsrfast.suite.store import Artifact
 
 # The input normalisation of the authors' code: inside the first layer of teacher and student.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -53,7 +56,11 @@ OBJECTIVES: dict[str, Callable[[nn.Module], Loss]] = {
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """An attack of the evaluation; radii in pixel units. `objective` is a key of `OBJECTIVES`."""
+    """An attack of the evaluation; radii in pixel units.
+
+    `objective` is a key of `OBJECTIVES`. `side` ``in`` or ``out``: of two attempts, the one inside or outside of the patches' subspace
+    (see `TwoStarts`).
+    """
 
     norm: str
     eps: float
@@ -61,20 +68,26 @@ class AttackSpec:
     steps: int
     objective: str = "oracle_l2"
     random_start: bool = True
+    side: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As JSON, for the store."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "side" or v is not None}
 
     def build(self, loss: Loss, seed: int) -> PGD:
-        """The attack object."""
+        """The attack object, without its `side`."""
         return PGD(
             norm=self.norm, eps=self.eps, step_size=self.step_size, steps=self.steps, loss=loss, random_start=self.random_start,
             seed=seed,
         )  # fmt: skip
 
 
-def train_teacher(lab: Lab, folder: Path) -> None:
+def train_teacher(lab: Lab, widths: tuple[int, ...], folder: Path) -> None:
     """Cross-entropy on the data set's labels; BN after ReLU."""
     p = lab.preset
     model = init_(
-        ConvReLU(p.widths, batch_norm=True, image=tuple(lab.data.train.images.shape[1:]), classes=len(lab.data.classes), mean=MEAN, std=STD),
+        ConvReLU(widths, batch_norm=True, image=tuple(lab.data.train.images.shape[1:]), classes=len(lab.data.classes), mean=MEAN, std=STD),
         lab.derive("teacher"),
     )  # fmt: skip
     if p.teacher_epochs:
@@ -82,12 +95,12 @@ def train_teacher(lab: Lab, folder: Path) -> None:
     save_checkpoint(folder / "teacher.safetensors", model, test_accuracy=_test_accuracy(lab, model))
 
 
-def make_oracle(lab: Lab, teacher: Any, folder: Path) -> None:
+def make_oracle(lab: Lab, teacher: Artifact, ratios: tuple[float, ...], folder: Path) -> None:
     """Prune by fan-out, fine-tune under the masks, drop the pruned channels, fold BN and normalisation."""
     p = lab.preset
     model, record = load_checkpoint(teacher.folder / "teacher.safetensors")
     model.to(lab.device)
-    masks = prune_masks(model, p.prune_ratios)
+    masks = prune_masks(model, ratios)
     apply_masks(model, masks)
     pruned = _test_accuracy(lab, model)
     if p.finetune_epochs:
@@ -128,44 +141,66 @@ def _train_on_labels(
         )
 
 
-def train_student(lab: Lab, mode: str, run: int, folder: Path) -> None:
-    """A student of 1.1 times the oracle's widths, without BN, on the oracle's outputs; checkpoints at the preset's epochs."""
-    p = lab.preset
-    oracle = lab.oracle_net
-    # All modes of a run start from the same weights and see the images in the same order.
-    model = init_(
-        ConvReLU(
-            student_widths(oracle.widths, p.student_factor), image=oracle.image, classes=oracle.classes, mean=MEAN, std=STD
-        ),
-        lab.derive("student", run),
-    )
-    data = lab.data.train
-    if p.student_images is not None:
-        data = Split(data.images[: p.student_images], data.labels[: p.student_images])
-    attack = PGD(
-        norm="linf", eps=p.eps, step_size=p.train_step_size, steps=p.train_steps, loss=OracleL2(oracle),
-        seed=lab.derive("student attack", run),
-    )  # fmt: skip
-    objectives: dict[str, Objective] = {
-        "st_logit": TeacherLogits(oracle),
-        "st_label": TeacherLabels(oracle),
-        "at_oracle": OracleAdversarial(oracle, attack),
-    }
-    with lab.reporter.task(f"student {mode}" + (f" (run {run})" if run else "")) as update:
+def train_student(lab: Lab, student: Student, folder: Path) -> None:
+    """A student of 1.1 times the oracle's widths, without BN, trained by its mode; checkpoints at the preset's epochs."""
+    p, mode = lab.preset, MODES[student.mode]
+    epochs = list(lab.epochs(student.mode).values())
+    with lab.reporter.task(f"student {student.mode}{student.title.removeprefix(student.name)}") as update:
         train(
-            model.to(lab.device),
-            objectives[mode],
-            data,
-            epochs=p.epochs[-1],
+            _fresh_student(lab, student).to(lab.device),
+            mode.objective(lab, student),
+            student_split(lab) if mode.data is None else mode.data(lab, student),
+            epochs=epochs[-1],
             batch_size=p.batch_size,
             lr=p.lr,
             optimizer=p.optimizer,
-            seed=lab.derive("student order", run),
-            save_at=(0, *p.epochs),
+            seed=lab.derive("student order", student.run),
+            augment=Augment(names=mode.augment, seed=lab.derive("student augment", student.run)) if mode.augment else None,
+            save_at=(0, *epochs),
             folder=folder,
             checkpoint_every=CHECKPOINT_EVERY,
             on_progress=_training_progress(update),
         )
+
+
+def _fresh_student(lab: Lab, student: Student) -> ConvReLU:
+    """The network before training. All modes of a run start from the same weights, but for those that start from another mode's."""
+    start = MODES[student.mode].start
+    if start is not None:
+        return load_checkpoint(start(lab, student))[0]
+    oracle = lab.oracle_net_of(student.nets)
+    widths = student_widths(oracle.widths, lab.preset.student_factor)
+    model = ConvReLU(widths, image=oracle.image, classes=oracle.classes, mean=MEAN, std=STD)
+    return init_(model, lab.derive("student", student.run))
+
+
+def student_split(lab: Lab) -> Split:
+    """The images that students are trained on, all modes of a run in the same order."""
+    data, n = lab.data.train, lab.preset.student_images
+    return data if n is None else Split(data.images[:n], data.labels[:n])
+
+
+def make_robust_images(lab: Lab, student: Student, folder: Path) -> None:
+    """The students' training images as `student` sees them. images.safetensors: uint8 images, int64 labels."""
+    p = lab.preset
+    with lab.reporter.task(f"robust features of {student.title}") as update:
+        split = robust_features(
+            lab.load(lab.checkpoint(student)),
+            lab.oracle_net_of(student.nets),
+            student_split(lab),
+            steps=p.rft_steps,
+            step_size=p.rft_step_size,
+            seed=lab.derive("robust features", student.run),
+            batch_size=p.eval_batch_size,
+            on_progress=lambda done, of: update(done, of, "images"),
+        )
+    atomic_write(folder / "images.safetensors", save({"images": split.images, "labels": split.labels}))
+
+
+def load_split(folder: Path) -> Split:
+    """What `make_robust_images` wrote."""
+    t = load((folder / "images.safetensors").read_bytes())
+    return Split(t["images"], t["labels"])
 
 
 def attack(
@@ -176,29 +211,33 @@ def attack(
     predictions.safetensors: int64 ``[n]``: index, labels (of the data set), teacher_clean, teacher_adversarial, and for each student
     clean/<name> and adversarial/<name>; float32 loss.
     """
-    test, oracle = lab.data.test, lab.oracle_net
+    test, oracle = lab.data.test, lab.oracle_net_of(victim.nets)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(lab.derive("evaluation", repetition)))
     index = order[:images].sort().values
     # The start of an image is the same for every student: their accuracies are paired.
-    pgd = spec.build(lab.oracle_loss(spec.objective), lab.derive("attack", repetition))
+    loss = lab.oracle_loss(spec.objective, victim.nets)
+    pgd = spec.build(loss, lab.derive("attack", repetition))
+    make = pgd if spec.side is None else TwoStarts(pgd, lab.distance, spec.side, seed=pgd.seed)
     nets = {s.name: lab.load(lab.checkpoint(s)) for s in students}
     source = nets.get(victim.name) if victim in students else None
     source = source if source is not None else lab.load(lab.checkpoint(victim))
     parts: list[dict[str, Tensor]] = []
-    name = f"attack {victim.name} {spec.norm} eps={spec.eps:.3g} x{spec.steps} {spec.objective}"
+    side = "" if spec.side is None else f" {spec.side}-plane"
+    name = f"attack {victim.title} {spec.norm} eps={spec.eps:.3g} x{spec.steps} {spec.objective}{side}"
     with lab.reporter.task(name) as update:
         for at in range(0, len(index), lab.preset.eval_batch_size):
             part = index[at : at + lab.preset.eval_batch_size]
             x = test.pixels(part).to(lab.device).contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 teacher_clean = oracle(x).argmax(1)
-            result = pgd.run(source, x, teacher_clean, index=part.to(lab.device))
-            row = {"index": part, "labels": test.labels[part], "teacher_clean": teacher_clean, "loss": result.loss.float()}
+            x_adv = make(source, x, teacher_clean, index=part.to(lab.device))
+            row = {"index": part, "labels": test.labels[part], "teacher_clean": teacher_clean}
             with torch.no_grad():
-                row["teacher_adversarial"] = oracle(result.x_adv).argmax(1)
+                row["loss"] = loss(x_adv, source(x_adv), teacher_clean)[0].float()
+                row["teacher_adversarial"] = oracle(x_adv).argmax(1)
                 for student, net in nets.items():
                     row[f"clean/{student}"] = net(x).argmax(1)
-                    row[f"adversarial/{student}"] = net(result.x_adv).argmax(1)
+                    row[f"adversarial/{student}"] = net(x_adv).argmax(1)
             parts.append({k: v.cpu() for k, v in row.items()})
             update(at + len(part), len(index), "images")
     atomic_write(folder / "predictions.safetensors", save({k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
@@ -206,16 +245,19 @@ def attack(
 
 def load_predictions(folder: Path) -> dict[str, Tensor]:
     """What `attack` wrote."""
-    return load_file(folder / "predictions.safetensors")
+    return load((folder / "predictions.safetensors").read_bytes())
 
 
 def correlate(lab: Lab, student: Student, folder: Path) -> None:
     """Normalized correlation of a student's conv layers with the oracle's on the first test images."""
     test = lab.data.test
     n = len(test) if lab.preset.correlation_images is None else min(lab.preset.correlation_images, len(test))
-    with lab.reporter.task(f"correlation {student.name}"):
+    with lab.reporter.task(f"correlation {student.title}"):
         layers = correlate_nets(
-            lab.load(lab.checkpoint(student)), lab.oracle_net, test.pixels(slice(n)), batch_size=lab.preset.eval_batch_size
+            lab.load(lab.checkpoint(student)),
+            lab.oracle_net_of(student.nets),
+            test.pixels(slice(n)),
+            batch_size=lab.preset.eval_batch_size,
         )
     tensors: dict[str, Tensor] = {}
     for k, nc in enumerate(layers):
@@ -228,7 +270,7 @@ def correlate(lab: Lab, student: Student, folder: Path) -> None:
 
 def load_correlation(folder: Path) -> list[NormalizedCorrelation]:
     """What `correlate` wrote, one entry a layer."""
-    t = load_file(folder / "correlation.safetensors")
+    t = load((folder / "correlation.safetensors").read_bytes())
     return [
         NormalizedCorrelation(t[f"{k}/rho"], t[f"{k}/dead_student"], t[f"{k}/dead_teacher"], int(t[f"{k}/count"]))
         for k in range(len(t) // 4)
@@ -248,7 +290,7 @@ def analyse_patches(lab: Lab, folder: Path) -> None:
 
 def load_basis(folder: Path) -> PatchBasis:
     """What `analyse_patches` wrote."""
-    t = load_file(folder / "patches.safetensors")
+    t = load((folder / "patches.safetensors").read_bytes())
     return PatchBasis(
         t["mean"], t["eigenvalues"], t["vectors"], json.loads((folder / "patches.json").read_text())["components"]
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from tsrfast.suite.lab import Accuracy, Lab, Student
+from tsrfast.suite.modes import MODES
 from tsrfast.suite.presets import PAPER_EPOCHS
 from tsrfast.suite.stages import AttackSpec
 
@@ -13,13 +16,23 @@ ST = tuple(Student("st_logit", t) for t in PAPER_EPOCHS)
 ST_LABEL = tuple(Student("st_label", t) for t in PAPER_EPOCHS)
 ST300 = ST[-1]
 AT_AND_ST300 = (*AT, ST300)
+AT150, ST150, RFT150 = Student("at_oracle", 150), Student("st_logit", 150), Student("rft", 150)
+CCAT = {rho: Student(f"ccat{rho}", 150) for rho in (5, 10, 20)}
 UNTRAINED = Student("st_logit", 0)
 
+# Modes whose curves are dashed, where the paper sets them against solid ones.
+DASHED = ("st_label", "st_gauss", "st_aug", "at_aug")
 
-def linf_pgd(lab: Lab, objective: str = "oracle_l2") -> AttackSpec:
-    """The paper's attack (section 5.1) at the preset's size."""
+
+def linf_pgd(lab: Lab, objective: str = "oracle_l2", side: str | None = None) -> AttackSpec:
+    """The paper's attack (section 5.1) at the preset's size; with a `side`, in-plane or out-plane (section 5.4)."""
     p = lab.preset
-    return AttackSpec("linf", p.eps, p.step_size, p.steps, objective)
+    return AttackSpec("linf", p.eps, p.step_size, p.steps, objective, side=side)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, NaN of none."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def cell(
@@ -50,17 +63,17 @@ def number(
 
 def style(student: Student) -> dict[str, Any]:
     """Light to dark with epochs, colour by mode."""
-    family = {"at_oracle": "AT", "st_logit": "ST-logit", "st_label": "ST-label"}[student.mode]
+    family = "ST-logit" if student.mode == "st_logit" else MODES[student.mode].title
     shade = 0.0 if student.epoch == 0 else (PAPER_EPOCHS.index(student.epoch) + 1) / len(PAPER_EPOCHS)
-    return {"family": family, "shade": shade, "dash": student.mode == "st_label"}
+    return {"family": family, "shade": shade, "dash": student.mode in DASHED}
 
 
-def training_settings(lab: Lab) -> dict[str, Any]:
+def training_settings(lab: Lab, untrained: Student = UNTRAINED) -> dict[str, Any]:
     """What every experiment's settings begin with."""
     p = lab.preset
     return {
-        "oracle widths": list(lab.oracle_net.widths),
-        "student widths": list(lab.load(lab.checkpoint(UNTRAINED)).widths),
+        "oracle widths": list(lab.oracle_net_of(untrained.nets).widths),
+        "student widths": list(lab.load(lab.checkpoint(untrained)).widths),
         "images an epoch": len(lab.data.train) if p.student_images is None else min(p.student_images, len(lab.data.train)),
         "epochs for the paper's 50, 100, 150, 200, 300": list(p.epochs),
         "optimizer": p.optimizer,

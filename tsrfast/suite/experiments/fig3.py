@@ -4,40 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from tsrfast.specialization import mbnc, sorted_bnc, specialized_counts
+from tsrfast.specialization import specialized_counts
 from tsrfast.suite.claims import compare, monotone
-from tsrfast.suite.experiments._common import AT, AT_AND_ST300, ST300, UNTRAINED, number, size_note, style, training_settings
+from tsrfast.suite.experiments._common import AT, AT_AND_ST300, ST300, UNTRAINED, number, size_note, training_settings
+from tsrfast.suite.experiments._specialization import bnc_panels
 from tsrfast.suite.lab import Lab
 
 SOURCE = "section 5.4, Fig. 3"
 
 
+def layer_claims(layer: int, at: list[float], st: float, source: str) -> list[dict[str, Any]]:
+    """What the paper says of a layer, by the MBNC of AT(50) to AT(300) and of ST(300)."""
+    return [
+        compare(f"layer {layer}: MBNC of AT(300) is above that of ST(300)", at[-1], ">", st, source=source,
+                if_failed="Size: after so few updates the layer has hardly begun to specialize, and clean images move it as much as "
+                "adversarial ones do; the difference is within what another seed changes. More epochs would decide."),
+        monotone(f"layer {layer}: MBNC of AT rises with epochs", at, "increasing", source=source,
+                 if_failed="Size: checkpoints lie a few hundred updates apart at a constant learning rate, where MBNC of a layer "
+                 "goes up and down by about as much as it rises. More epochs, or means over seeds, would decide."),
+    ]  # fmt: skip
+
+
 def run(lab: Lab) -> dict[str, Any]:
     """Four panels, one a conv layer: BNC_j = max_k rho_kj sorted ascending (eq. 2, section 5.2)."""
-    layers = range(len(lab.oracle_net.widths))
-    curves, cells, claims = [], [], []
-    for layer in layers:
-        panel = f"layer {layer}"
-        for student in AT_AND_ST300:
-            y = sorted_bnc(lab.correlation(student)[layer]).tolist()
-            curves.append({
-                "panel": panel, "name": student.name, "x": list(range(len(y))), "y": y, "style": style(student),
-                "x_label": "teacher node (sorted)", "y_label": "BNC", "kind": "line",
-            })  # fmt: skip
-        for student in (UNTRAINED, *AT_AND_ST300):
-            nc = lab.correlation(student)[layer]
-            column = "untrained" if student == UNTRAINED else student.name
-            cells.append(number(panel, column, mbnc(nc), nc.count, group="MBNC: mean of BNC over teacher nodes"))
-        series = [mbnc(lab.correlation(s)[layer]) for s in AT]
-        claims += [
-            compare(f"layer {layer}: MBNC of AT(300) is above that of ST(300)", series[-1], ">", mbnc(lab.correlation(ST300)[layer]),
-                    source=SOURCE,
-                    if_failed="Size: after so few updates the layer has hardly begun to specialize, and clean images move it as much as "
-                    "adversarial ones do; the difference is within what another seed changes. More epochs would decide."),
-            monotone(f"layer {layer}: MBNC of AT rises with epochs", series, "increasing", source=SOURCE,
-                     if_failed="Size: checkpoints lie a few hundred updates apart at a constant learning rate, where MBNC of a layer "
-                     "goes up and down by about as much as it rises. More epochs, or means over seeds, would decide."),
-        ]  # fmt: skip
+    curves, cells, scores = bnc_panels(lab, (UNTRAINED, *AT_AND_ST300))
+    layers = range(len(scores[ST300]))
+    claims = [c for layer in layers for c in layer_claims(layer, [scores[s][layer] for s in AT], scores[ST300][layer], SOURCE)]
     counted = {
         "Student nodes with NC > 0.9 (specialized)": lambda nc: specialized_counts(nc).specialized,
         "Student nodes with NC < 0.8 (unspecialized)": lambda nc: specialized_counts(nc).unspecialized,
