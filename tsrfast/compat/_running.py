@@ -80,6 +80,15 @@ def ascend(attack: attacks.PGD, network: nn.Module, x: Tensor, y: Tensor, start:
         return native.attempt(chains, recipe, batch, begin, False, 0).best
 
 
+def may_leave(abort_early: bool, steps: int) -> bool:
+    """Whether images may end by themselves where an original with `abort_early` ends its whole batch.
+
+    A batch's sum goes on falling when single images seem to stand still, so in short runs, where it is looked at every few steps, they would
+    end too soon: CW of 20 steps left 26 % more change on a trained network.
+    """
+    return abort_early and steps >= 500
+
+
 def search(attack: attacks.Attack, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """What calling `attack` returns; mode and random state of the network as in `ascend`."""
     with torch.inference_mode(False), torch.enable_grad():

@@ -4,7 +4,7 @@
 `pgd_linf`              same starts; then equal up to rounding (dlr: but where its gradient is zero up to rounding). As there the
                         result is the latest adversarial of the iterates before each step (where the last step leads to is not
                         looked at), else the clean image
-`carlini_wagner_l2`     equal up to rounding, but that each image ends by itself, where the original waits for the whole batch
+`carlini_wagner_l2`     equal up to rounding, but that from 500 steps on each image may end by itself, where the original ends the whole batch
 `apgd`                  success, from the same starts: the original halves steps more often, as it compares its best loss to itself.
                         Images that are misclassified as they are, are not attacked, but with `best_loss`
 `apgd_targeted`         success: any wrong class ends an image's attack, where the original waits for the one that it is driven to;

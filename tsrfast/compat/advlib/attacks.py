@@ -15,7 +15,7 @@ from tsrfast import attacks
 from tsrfast._modes import evaluating
 from tsrfast.attacks.fab import FAB, FABTargeted
 from tsrfast.compat._covered import not_covered
-from tsrfast.compat._running import DrawnAPGD, DrawnAPGDTargeted, as_module, ascend, checked_labels, search
+from tsrfast.compat._running import DrawnAPGD, DrawnAPGDTargeted, as_module, ascend, checked_labels, may_leave, search
 from tsrfast.errors import InputError, unknown
 
 __all__ = ["apgd", "apgd_targeted", "carlini_wagner_l2", "df", "fab", "pgd_linf"]
@@ -117,7 +117,7 @@ def carlini_wagner_l2(
         raise InputError(f"tsrfast.compat.advlib: β_1 and β_2 must be 0.9 and 0.999, got {β_1} and {β_2}")
     attack = attacks.CW(
         c=initial_const, kappa=confidence, steps=max_iterations, lr=learning_rate, binary_search_steps=binary_search_steps,
-        abort_early=abort_early, targeted=targeted,
+        abort_early=may_leave(abort_early, max_iterations), targeted=targeted,
     )  # fmt: skip
     return attack(as_module(model), inputs, _labels(labels, inputs))
 

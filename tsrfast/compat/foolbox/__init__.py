@@ -11,8 +11,8 @@ Names (arguments and defaults as the original)       Against the original, same 
 MI-FGSM in linf, l2, l1; PGD and `Linf...Basic...`   equal up to rounding
 with Adam
 `L2DeepFoolAttack`                                   equal up to rounding
-`L2CarliniWagnerAttack`, `EADAttack`                 same success, norms to a few parts in a thousand: each image has its own early abort,
-                                                     foolbox ends the whole batch
+`L2CarliniWagnerAttack`, `EADAttack`                 same success, norms to a few parts in a thousand: from 500 steps on each image has its
+                                                     own early abort, foolbox ends the whole batch
 ===================================================  =================================================================================
 
 Besides: `PyTorchModel`, `accuracy`, `Misclassification`, `TargetedMisclassification`, raw labels, criteria joined by `&`, ``attack.run``,

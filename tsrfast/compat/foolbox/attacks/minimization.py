@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tsrfast import attacks
 from tsrfast.compat._covered import NotCovered
+from tsrfast.compat._running import may_leave
 from tsrfast.compat.foolbox._tensors import like, raw
 from tsrfast.compat.foolbox.attacks.base import (
     MinimizationAttack,
@@ -65,7 +66,7 @@ class L2CarliniWagnerAttack(_Own):
     def _attack(self, targeted: bool, common: dict[str, Any]) -> attacks.Attack:
         return attacks.CW(
             c=self.initial_const, kappa=self.confidence, steps=self.steps, lr=self.stepsize,
-            binary_search_steps=self.binary_search_steps, abort_early=self.abort_early, targeted=targeted, **common,
+            binary_search_steps=self.binary_search_steps, abort_early=may_leave(self.abort_early, self.steps), targeted=targeted, **common,
         )  # fmt: skip
 
 
@@ -121,6 +122,6 @@ class EADAttack(_Own):
     def _attack(self, targeted: bool, common: dict[str, Any]) -> attacks.Attack:
         return attacks.EAD(
             c=self.initial_const, kappa=self.confidence, steps=self.steps, lr=self.initial_stepsize,
-            binary_search_steps=self.binary_search_steps, abort_early=self.abort_early, beta=self.regularization,
+            binary_search_steps=self.binary_search_steps, abort_early=may_leave(self.abort_early, self.steps), beta=self.regularization,
             decision_rule=self.decision_rule.lower(), targeted=targeted, **common,
         )  # fmt: skip
