@@ -321,7 +321,7 @@ def test_short_searches_go_to_their_end(name, answered):
     """An image alone looks stalled sooner than a batch's sum: in a short run it would end with more change than it needs."""
     (model, x, y), kind = answered(), getattr(ours.attacks, name)
     fmodel = ours.PyTorchModel(model, (0, 1))
-    given = {"steps": 20, "binary_search_steps": 2, "initial_const": 1.0}
+    given = {"steps": 20, "binary_search_steps": 2, "initial_const": 10.0}
     short, full = (kind(**given, abort_early=abort)(fmodel, x, y, epsilons=None)[1] for abort in (True, False))
     assert torch.equal(short, full)
     assert not torch.equal(full, x)
