@@ -1,6 +1,6 @@
 """AutoAttack standard: tsrfast against the authors' code (package pyautoattack), on a small network, in one process.
 
-    OMP_NUM_THREADS=1 python bench/bench_autoattack.py [--images 256] [--norm linf] [--rounds 3] [--out FILE.json]
+    OMP_NUM_THREADS=1 python bench/autoattack_race.py [--images 256] [--norm linf] [--rounds 3] [--out FILE.json]
 
 The network is conv 3-16-32, stride 2, with random weights, and labels are what it answers; eps is the one at which half of the images
 withstand a short targeted APGD.
