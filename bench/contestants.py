@@ -257,6 +257,44 @@ def foolbox(*, frozen: bool) -> Callable[[Pair, str, int], Run]:
     return build
 
 
+def cleverhans(pair: Pair, loss: str, steps: int) -> Run:
+    """cleverhans' PGD has cross-entropy built in, as torchattacks'."""
+    import numpy as np
+    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
+
+    net = Distance(pair) if loss == "oracle" else pair.student
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        label = torch.zeros_like(y) if loss == "oracle" else y
+        made: Tensor = projected_gradient_descent(
+            net, x, EPS, STEP_SIZE, steps, np.inf, clip_min=0, clip_max=1, y=label, rand_init=False
+        )
+        return made.detach()
+
+    return run
+
+
+def art(pair: Pair, loss: str, steps: int) -> Run:
+    """ART takes any loss: here |s(x) - t(x)|^2 of the difference net."""
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    oracle = loss == "oracle"
+    net = Difference(pair) if oracle else pair.student
+    value: Any = (lambda logits, y: logits.square().sum(1).mean()) if oracle else nn.CrossEntropyLoss()
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        classifier = PyTorchClassifier(
+            net, loss=value, input_shape=tuple(x.shape[1:]), nb_classes=10, clip_values=(0.0, 1.0), device_type="cpu"
+        )
+        attack = ProjectedGradientDescent(
+            classifier, eps=EPS, eps_step=STEP_SIZE, max_iter=steps, batch_size=len(x), verbose=False
+        )
+        return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+    return run
+
+
 EAGER = Contestant("eager", pytorch())
 TSRFAST = Contestant("tsrfast", tsrfast("chain"), "tsrfast")
 CONTESTANTS = (
@@ -273,4 +311,6 @@ CONTESTANTS = (
     Contestant("torchattacks", torchattacks, "library", package="torchattacks"),
     Contestant("foolbox", foolbox(frozen=False), "library", package="foolbox"),
     Contestant("foolbox, parameters frozen", foolbox(frozen=True), "library", package="foolbox"),
+    Contestant("cleverhans", cleverhans, "library", package="cleverhans"),
+    Contestant("ART", art, "library", package="adversarial-robustness-toolbox"),
 )

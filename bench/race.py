@@ -3,8 +3,7 @@
     OMP_NUM_THREADS=2 python bench/race.py --data cifar10:PATH --out DIR
 
 writes DIR/race.json, DIR/race.png and prints a table. The first run trains the pair (some minutes) and keeps it in DIR/pair.
-Libraries take part where they are installed: ``pip install '.[peers]'`` gives torchattacks and foolbox, with torchvision for the
-installed torch and an old requests (which torchattacks pins), so better in an environment of its own. torch.compile needs a C++
+Libraries take part where they are installed: ``pip install --no-deps -r tests/compat/originals.txt`` gives them all. torch.compile needs a C++
 compiler and Python's headers.
 
 How it measures: every contestant first attacks all images once, which warms it up, and what comes out must be the same attack as the
