@@ -67,7 +67,7 @@ IMPORTS: dict[str, set[str]] = {
 INCLUDES = {
     "core": r"core/.*|cstdint|cstring|cmath",
     "cpu": r"core/.*|cpu/.*|omp\.h|immintrin\.h|[a-z]+",
-    "cuda": r"core/.*|cuda/.*|emu/emu\.h|cuda_[a-z0-9]+\.h|[a-z]+",
+    "cuda": r"core/.*|cuda/.*|emu/.*\.h|cuda_[a-z0-9]+\.h|[a-z]+",
     "bind": r"core/.*|cpu/isa\.h|bind/.*|pybind11/.*|[a-z]+",
 }
 LATE = ["matplotlib", "pyarrow", "PIL", "jinja2", "rich", "typer", "pandas"]

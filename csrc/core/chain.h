@@ -1,4 +1,4 @@
-// Compiled ReLU networks ("chains"): plan, and the operations on it.   CPU: cpu/chain.cpp
+// Compiled ReLU networks ("chains"): plan, and the operations on it.   Twins: cpu/chain.cpp, cuda/chain.cu
 //
 // A plan is a list of records; each maps activations [C, H, W] to [C', H', W'] and may end in a (leaky) ReLU:
 //
@@ -87,6 +87,7 @@ struct ChainPgd {
   const int64_t* labels;     // [N] or null
   float* loss;               // [N] of the result; NaN where it was not evaluated
   bool* adversarial;         // [N] likewise; false
+  float* closeness;          // [N] |s - t| / |t| at the first evaluation, in 2-norms; NaN without one or a teacher
   int64_t *bad, *queries;    // [N] gradient entries without a direction; evaluations
   float* iterates;           // [steps + 1, N, D] or null
   const double *step, *eps;  // [N], or null: the values below
@@ -97,6 +98,33 @@ struct ChainPgd {
   bool targeted, keep_best, early_stop, judge;
   void* workspace;
 };
+
+// Arithmetic of the CUDA executors; float32 is the CPU's only one.
+//
+//   float32   float32 products and sums
+//   split     each operand as hi + lo, two float16 (lo scaled by 2^11): three products on tensor cores, about 22 bits
+//   float16   operands rounded to float16, float32 sums; cotangents scaled to a largest entry of 64. |s - t| / |t| must be
+//             well above 1e-3: the rounding of s and t does not cancel in their difference
+enum class Precision : int { float32 = 0, split = 1, float16 = 2 };
+
+// Packed parameters of the CUDA executors: float32 words, then float16 values (hi), then what is left of others (lo), each
+// section filled up to 16 bytes. Each packed value is one parameter or 0; the map says which, so packing is one kernel.
+struct ChainPackedCuda {
+  int64_t floats, hi, lo;  // values in each section
+  int64_t hi_at, lo_at, size;  // in floats from the start
+};
+ChainPackedCuda chain_packed_cuda(const ChainPlan& plan);
+// map: [floats + hi + lo] offsets into the parameters; -1 for 0.
+void chain_map_cuda(const ChainPlan& plan, int32_t* map);
+
+// Bytes for n images; `rows` cotangents for each in chain_gradient. No teacher: a plan without records.
+int64_t chain_workspace_cuda(const ChainPlan& student, const ChainPlan& teacher, int64_t n, int64_t rows,
+                             Precision precision);
+
+void chain_pack_cuda(const ChainPack& args, const int32_t* map, int device, void* stream);
+void chain_forward_cuda(const ChainForward& args, Precision precision, int device, void* stream);
+void chain_gradient_cuda(const ChainGradient& args, Precision precision, int device, void* stream);
+void chain_pgd_cuda(const ChainPgd& args, Precision precision, int device, void* stream);
 
 void chain_pack_cpu(const ChainPack& args);
 void chain_forward_cpu(const ChainForward& args, int threads);

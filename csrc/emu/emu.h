@@ -100,6 +100,13 @@ struct Fiber {
 
 extern "C" void emu_switch(void** save_sp, void* load_sp);
 
+// A word of shared memory, as the functions of emu/tensor.h watch it: when and by which warp it was written and read.
+struct Watch {
+  uint64_t written = 0, read = 0;
+  int writer = -1, reader = -1;
+  bool known = false;
+};
+
 struct Block {
   dim3 grid{}, block{};
   uint3 bid{};
@@ -111,7 +118,8 @@ struct Block {
   const std::function<void()>* body = nullptr;
   char* shared = nullptr;  // the dynamic shared memory of the block that runs
   int bar_or = 0, bar_and = 1, bar_count = 0, bar_or_r = 0, bar_and_r = 1, bar_count_r = 0;
-  uint64_t switches = 0, barriers = 0;
+  uint64_t switches = 0, barriers = 0, number = 0;  // number: of the block, among all that ran
+  std::vector<Watch> watch;
   std::exception_ptr error;
 };
 inline thread_local Block B;  // of the OS thread that launched it
@@ -209,7 +217,11 @@ class SharedMemory {
   }
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
-  void before_block() { std::memset(B.shared, 0xFF, bytes_); }  // all ones is NaN in every float type
+  void before_block() {
+    std::memset(B.shared, 0xFF, bytes_);  // all ones is NaN in every float type
+    B.watch.assign(bytes_ / 4, Watch{});
+    ++B.number;
+  }
   void after_block() const {
 #ifndef __SANITIZE_ADDRESS__
     for (size_t i = bytes_; i < all_; ++i)
