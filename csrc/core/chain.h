@@ -103,14 +103,16 @@ struct ChainPgd {
 //
 //   float32   float32 products and sums
 //   split     each operand as hi + lo, two float16 (lo scaled by 2^11): three products on tensor cores, about 22 bits
-//   float16   operands rounded to float16, float32 sums; cotangents scaled to a largest entry of 64. |s - t| / |t| must be
+//   float16   operands rounded to float16, float32 sums; cotangents scaled to a largest entry of 64. |s - t| / |t| must
+//   be
 //             well above 1e-3: the rounding of s and t does not cancel in their difference
 enum class Precision : int { float32 = 0, split = 1, float16 = 2 };
 
-// Packed parameters of the CUDA executors: float32 words, then float16 values (hi), then what is left of others (lo), each
-// section filled up to 16 bytes. Each packed value is one parameter or 0; the map says which, so packing is one kernel.
+// Packed parameters of the CUDA executors: float32 words, then float16 values (hi), then what is left of others (lo),
+// each section filled up to 16 bytes. Each packed value is one parameter or 0; the map says which, so packing is one
+// kernel.
 struct ChainPackedCuda {
-  int64_t floats, hi, lo;  // values in each section
+  int64_t floats, hi, lo;      // values in each section
   int64_t hi_at, lo_at, size;  // in floats from the start
 };
 ChainPackedCuda chain_packed_cuda(const ChainPlan& plan);

@@ -1,14 +1,14 @@
 // The whole attack on one or two small networks in one kernel: what cuda/chain_fused.cu offers to cuda/chain.cu.
 //
-// Networks: layers of 3x3 convolutions with ReLU (stride 1, no padding), then one linear layer on all units. Which of them
-// have a kernel depends on channel counts and image size; see chain_fused.cu.
+// Networks: layers of 3x3 convolutions with ReLU (stride 1, no padding), then one linear layer on all units. Which of
+// them have a kernel depends on channel counts and image size; see chain_fused.cu.
 #pragma once
 #include "core/chain.h"
 
 namespace tsr {
 
-// The network's share of the packed parameters (ChainPackedCuda): values in the sections `floats` and `hi`; 0 and 0 for a
-// network that no fused kernel can take. The maps are filled as chain_map_cuda says.
+// The network's share of the packed parameters (ChainPackedCuda): values in the sections `floats` and `hi`; 0 and 0 for
+// a network that no fused kernel can take. The maps are filled as chain_map_cuda says.
 struct ChainFusedSize {
   int64_t floats, hi;
 };
