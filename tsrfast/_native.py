@@ -37,6 +37,15 @@ if "TSRFAST_ISA" in os.environ:
     set_isa(os.environ["TSRFAST_ISA"])
 
 
+def check_cuda(name: str) -> None:
+    """The build has CUDA kernels, or an EnvironmentFault that says why not."""
+    if not _C.with_cuda:
+        raise EnvironmentFault(
+            f"tsrfast.{name}: built without CUDA kernels ({_C.cuda_note}); "
+            "reinstall with pip install -C cmake.define.TSRFAST_CUDA=ON ."
+        )
+
+
 def call(name: str, like: torch.Tensor, *args: int | float | list[int]) -> None:
     """Run kernel `name` where `like` lives; tensors in `args` are given as `data_ptr()`.
 
@@ -48,11 +57,7 @@ def call(name: str, like: torch.Tensor, *args: int | float | list[int]) -> None:
     elif like.is_cpu:
         getattr(_C.cpu, name)(*args, torch.get_num_threads())
     elif like.is_cuda:
-        if not _C.with_cuda:
-            raise EnvironmentFault(
-                f"tsrfast.{name}: built without CUDA kernels ({_C.cuda_note}); "
-                "reinstall with pip install -C cmake.define.TSRFAST_CUDA=ON ."
-            )
+        check_cuda(name)
         getattr(_C.cuda, name)(*args, like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
     else:
         raise EnvironmentFault(f"tsrfast.{name}: no kernel for device {like.device} (there are cpu and cuda)")

@@ -85,6 +85,17 @@ TSR_HD double chain_cross_entropy(const float* s, int64_t y, int64_t classes, fl
   return all - s[y];
 }
 
+// |s - t| / |t|: how near the student is, the factor by which rounding is amplified in s - t.
+TSR_HD float chain_closeness(const float* s, const float* t, int64_t classes) {
+  double difference = 0, length = 0;
+  for (int64_t k = 0; k < classes; ++k) {
+    const double d = double(s[k]) - double(t[k]);
+    difference += d * d;
+    length += double(t[k]) * double(t[k]);
+  }
+  return float(::sqrt(difference / length));
+}
+
 struct ChainLossValue {
   double value;
   bool adversarial;  // the model's answer is not the right one; targeted: it is the target

@@ -130,7 +130,7 @@ class Attack {
   void admit(int64_t image) {
     slot_[active_] = {image, 0, 0.f, false, false};
     memcpy(x(active_), a_.start + image * inputs_, size_t(inputs_) * sizeof(float));
-    a_.loss[image] = NAN;
+    a_.loss[image] = a_.closeness[image] = NAN;
     a_.adversarial[image] = false;
     a_.bad[image] = a_.queries[image] = 0;
     ++active_;
@@ -211,7 +211,8 @@ class Attack {
       const ChainLossValue at = chain_loss(a_.criterion, logits_[0] + l * classes_, logits_[1] + l * classes_,
                                            a_.labels ? a_.labels[s.image] : 0, classes_, a_.targeted,
                                            cotangent_[0] + l * classes_, cotangent_[1] + l * classes_);
-      ++a_.queries[s.image];
+      if (a_.queries[s.image]++ == 0 && needs_teacher(a_.criterion))
+        a_.closeness[s.image] = chain_closeness(logits_[0] + l * classes_, logits_[1] + l * classes_, classes_);
       const bool last = s.step == a_.steps, stop = a_.early_stop && at.adversarial;
       done_[l] = last || stop;
       // adversarial before not, then the better loss; a NaN loss is the worst

@@ -52,7 +52,7 @@ def test_chain_where_everything_compiles():
         (FGSM(engine="eager"), net(), X, "engine='eager' asks for it"),
         (PGD(on_step=str), net(), X, "on_step is called from PyTorch's loop"),
         (PGD(loss=Louder()), net(), X, "native code does not know the loss Louder"),
-        (PGD(), net().double(), X.double(), "x is float64 on cpu, native code takes float32 on the CPU"),
+        (PGD(), net().double(), X.double(), "x is float64 on cpu, native code takes float32 on cpu or cuda"),
         (PGD(), net().to("meta"), X.to("meta"), "x is float32 on meta"),
         (PGD(), net().double(), None, "model does not compile: .*float64"),
         (PGD(), Sine(), X, "model does not compile: .*"),

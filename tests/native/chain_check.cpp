@@ -158,7 +158,8 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
     append(row, gradient.get(), n * rows * units);
   }
 
-  auto result = unwritten<float>(n * d), value = unwritten<float>(n), iterates = unwritten<float>((steps + 1) * n * d);
+  auto result = unwritten<float>(n * d), value = unwritten<float>(n), closeness = unwritten<float>(n);
+  auto iterates = unwritten<float>((steps + 1) * n * d);
   auto adversarial = unwritten<bool>(n);
   auto bad = unwritten<int64_t>(n), queries = unwritten<int64_t>(n), labels = unwritten<int64_t>(n);
   auto eps = unwritten<double>(n);
@@ -172,6 +173,7 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
                  labels.get(),
                  value.get(),
                  adversarial.get(),
+                 closeness.get(),
                  bad.get(),
                  queries.get(),
                  iterates.get(),
@@ -197,6 +199,7 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
   append(row, bad.get(), n);
   append(row, queries.get(), n);
   append(row, adversarial.get(), n);
+  if (pair) append(row, closeness.get(), n);
   if (all) append(row, value.get(), n);
   return row;
 }

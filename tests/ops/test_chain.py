@@ -489,14 +489,16 @@ def test_bad_arguments():
             call()
 
 
-def test_only_on_the_cpu(monkeypatch):
+def test_devices():
     s, _ = pair()
-    x, net = images(s, 1), s.net
+    x, (plan, packed) = images(s, 1), s.net
     with pytest.raises(EnvironmentFault, match="cannot be traced"):
-        ops.chain_forward(x.to("meta"), *net, [0])
-    monkeypatch.setattr(_native, "emulator", object())
-    with pytest.raises(EnvironmentFault, match="no kernel for the emulator"):
-        ops.chain_forward(x, *net, [0])
+        ops.chain_forward(x.to("meta"), plan, packed, [0])
+    for precision in ("split", "float16"):
+        with pytest.raises(InputError, match=f"precision must be 'float32' on the CPU, got '{precision}'"):
+            ops.chain_forward(x, plan, packed, [0], precision=precision)
+    with pytest.raises(InputError, match="unknown precision 'half'"):
+        ops.chain_forward(x, plan, packed, [0], precision="half")
 
 
 def test_no_gradient_through_it():
@@ -508,7 +510,29 @@ def test_no_gradient_through_it():
 def test_registered_properly():
     s, t = pair()
     x, y = images(s, 2), labels_of(2)
-    args = (x, x, *s.net, *t.net, y, 0, 0, None, None, 0.01, 0.03, 0.0, 1.0, 0.01, 2, False, True, False, True, True)
+    args = (
+        x,
+        x,
+        *s.net,
+        *t.net,
+        y,
+        LOSSES.index("oracle_l2"),
+        0,
+        None,
+        None,
+        0.01,
+        0.03,
+        0.0,
+        1.0,
+        0.01,
+        2,
+        False,
+        True,
+        False,
+        True,
+        True,
+        0,
+    )
     torch.library.opcheck(torch.ops.tsrfast.chain_pgd.default, args)
     net, kw = s.net, {"loss": "cross_entropy", "eps": 0.03, "step_size": 0.01, "steps": 2}
     run = torch.compile(lambda a, b: ops.chain_pgd(a, a, net, None, b, **kw).x + 1, fullgraph=True, backend="eager")

@@ -12,7 +12,7 @@ from tsrfast.attacks.attack import LoopAttack
 from tsrfast.attacks.direction import Direction
 from tsrfast.attacks.loop import Recipe, StepState
 from tsrfast.attacks.losses import Loss, resolve
-from tsrfast.attacks.native import check_engine
+from tsrfast.attacks.native import check_engine, check_precision
 from tsrfast.attacks.threat import Threat, check_count, check_radius
 from tsrfast.errors import InputError, unknown
 
@@ -37,6 +37,9 @@ class PGD(LoopAttack):
         early_stop: an image stops at its first adversarial iterate (the start included), which is returned; only the others go on.
             For evaluation: success is that of ``keep="best"``, for less work; the loss is not driven further.
         momentum: share mu of the velocity that stays at each step (`MIM` says what it does and has more of the kind); 0: none.
+        precision: of native code on CUDA: ``float16``, ``split`` (two float16 an operand, about 22 bits), ``float32``, or ``auto``:
+            float16, and split for those images that need it (see `tsrfast.attacks.native.NEAR`). Elsewhere ``auto`` and ``float32``
+            are the same.
         engine: ``auto`` takes native code where it can (`plan` says whether and why); ``eager`` always PyTorch; ``chain`` native code,
             or an error that says why not.
 
@@ -60,6 +63,7 @@ class PGD(LoopAttack):
     early_stop: bool = False
     engine: str = "auto"
     momentum: float = 0.0
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         self._recipe()
@@ -72,6 +76,7 @@ class PGD(LoopAttack):
         if self.keep not in ("last", "best"):
             raise unknown("keep", self.keep, ("last", "best"))
         check_engine(self.engine)
+        check_precision(self.precision)
         if not 0 <= self.momentum < math.inf:
             raise InputError(f"tsrfast.attacks: momentum must be >= 0 and finite, got {self.momentum}")
         return Recipe(
@@ -88,4 +93,5 @@ class PGD(LoopAttack):
             self.on_step,
             self.engine,
             Direction(self.momentum) if self.momentum else None,
+            precision=self.precision,
         )

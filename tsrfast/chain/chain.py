@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tsrfast._modes import evaluating
 from tsrfast.chain.folding import build
 from tsrfast.chain.handlers import HANDLERS
-from tsrfast.chain.tracing import BATCHES, MODES, Step, run_trace
+from tsrfast.chain.tracing import BATCHES, CPU, MODES, Step, run_trace
 from tsrfast.errors import InputError, UnsupportedModel
 from tsrfast.ops.chain import ACTIVATIONS, FIELDS, KINDS, chain_forward, chain_gradient, chain_pack
 
@@ -25,11 +26,13 @@ _automatic: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class Chain:
     """A network in eval mode as plan and packed parameters: a snapshot, that `refresh` brings up to date.
 
-    Made by `tsrfast.compile`. It computes in float32 on the CPU, and its results carry no gradient graph. Wherever an `x` is taken: float32
-    ``[N, *image]`` on the CPU, any strides, not changed; `InputError` otherwise.
+    Made by `tsrfast.compile`. It computes on its device, on the CPU in float32, on CUDA in the precision ``split`` (about 22 bits; see
+    `tsrfast.ops.chain.PRECISIONS`), and its results carry no gradient graph. Wherever an `x` is taken: float32 ``[N, *image]`` on that
+    device, any strides, not changed; `InputError` otherwise.
 
     Attributes:
-        plan: int64 ``[records, columns]``, see `tsrfast.ops.chain`.
+        device: of the network, its parameters and its images.
+        plan: int64 ``[records, columns]`` on the CPU, see `tsrfast.ops.chain`.
         weights: float32 ``[*]``, the parameters (folded) that the plan's offsets point into.
         packed: the same in the engine's own order.
         image: shape of one input.
@@ -37,9 +40,12 @@ class Chain:
         names: of each record, e.g. ``convs.0+relu``.
     """
 
-    def __init__(self, source: Callable[[], nn.Module | None], image: tuple[int, ...], winograd: bool) -> None:
-        self.image = image
+    def __init__(
+        self, source: Callable[[], nn.Module | None], image: tuple[int, ...], winograd: bool, device: torch.device = CPU
+    ) -> None:
+        self.image, self.device = image, device
         self._source, self._winograd = source, winograd
+        self._precision = "split" if device.type == "cuda" else "float32"
         self._set(self._trace())
         if not all(_same(self._steps, self._trace(batch)) for batch in BATCHES[1:]):
             raise UnsupportedModel(
@@ -52,17 +58,19 @@ class Chain:
         model = self._source()
         if model is None:
             raise InputError("tsrfast.Chain: the network that the chain was compiled from must still exist")
-        return run_trace(model, self.image, HANDLERS, batch)
+        return run_trace(model, self.image, HANDLERS, batch, self.device)
 
     def _try(self) -> None:
         """Once for a structure: what tracing could not see shows in the numbers of two random images."""
         model = self._source()
         assert model is not None
         x = torch.rand(2, *self.image, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+        x = x.to(self.device)
+        allowed = 1e-3 if self.device.type == "cpu" else 1e-2  # PyTorch's convolutions on CUDA may be TF32, with 10 bits
         with MODES, evaluating(model), torch.no_grad():
             want = model(x.clone())
         error, size = (self(x) - want).abs().max(), want.abs().max()
-        if want.isfinite().all() and not error <= 1e-3 * size + 1e-30:
+        if want.isfinite().all() and not error <= allowed * size + 1e-30:
             raise UnsupportedModel(
                 f"tsrfast.compile: model ({type(model).__name__}): its logits of random images are not those of what was traced "
                 f"(by {float(error / size):.2g} of the largest)"
@@ -74,7 +82,7 @@ class Chain:
                 s._replace(tensors=tuple(None if t is None else t.detach().clone() for t in s.tensors)) for s in steps
             ]
             try:
-                self.plan, self.weights, self.names = build(self._steps, self._winograd)
+                self.plan, self.weights, self.names = build(self._steps, self._winograd, self.device)
                 self.packed = chain_pack(self.plan, self.weights)
             except InputError as e:
                 raise UnsupportedModel(f"tsrfast.compile: model: the engine refuses it ({e})") from e
@@ -112,7 +120,8 @@ class Chain:
         wanted = range(len(self.names)) if layers is None else [self._record(layer) for layer in layers]
         ascending = sorted(set(wanted))
         with torch.no_grad():
-            found = dict(zip(ascending, chain_forward(self._input(x), self.plan, self.packed, ascending), strict=True))
+            outputs = chain_forward(self._input(x), self.plan, self.packed, ascending, precision=self._precision)
+        found = dict(zip(ascending, outputs, strict=True))
         return [found[i] for i in wanted]
 
     def gates(self, x: Tensor) -> list[Tensor]:
@@ -121,7 +130,7 @@ class Chain:
         return [~(a <= 0) for a in self.activations(x, gated)]
 
     def input_gradient(self, x: Tensor, cotangent: Tensor) -> Tensor:
-        """Gradient of sum(logits * cotangent) with respect to x, like x; `cotangent` is float32 ``[N, classes]`` on the CPU."""
+        """Gradient of sum(logits * cotangent) with respect to x, like x; `cotangent` is float32 ``[N, classes]`` where x is."""
         given = self._input(x)
         wanted = (len(x), self.classes)
         if not isinstance(cotangent, Tensor) or (cotangent.shape, cotangent.dtype, cotangent.device) != (
@@ -129,10 +138,12 @@ class Chain:
             x.dtype,
             x.device,
         ):
-            raise InputError(f"tsrfast.Chain: cotangent must be float32 {list(wanted)} on the CPU, got {_said(cotangent)}")
+            raise InputError(
+                f"tsrfast.Chain: cotangent must be float32 {list(wanted)} on {self._where}, got {_said(cotangent)}"
+            )
         with torch.no_grad():
             rows = cotangent.detach().reshape(len(x), 1, self.classes).contiguous()
-            return chain_gradient(given, self.plan, self.packed, rows).reshape(x.shape)
+            return chain_gradient(given, self.plan, self.packed, rows, precision=self._precision).reshape(x.shape)
 
     def gradient_rows(self, x: Tensor, layer: int) -> Tensor:
         """V_l: d logits_k / d what record `layer` returns (-1: x itself), ``[N, classes, *shape of that]``."""
@@ -140,8 +151,12 @@ class Chain:
         given = self._input(x)
         with torch.no_grad():
             rows = torch.eye(self.classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1).contiguous()
-            out = chain_gradient(given, self.plan, self.packed, rows, layer)
+            out = chain_gradient(given, self.plan, self.packed, rows, layer, precision=self._precision)
         return out.reshape(len(x), self.classes, *self.image) if layer == -1 else out
+
+    @property
+    def _where(self) -> str:
+        return "the CPU" if self.device.type == "cpu" else str(self.device)
 
     def _record(self, layer: int) -> int:
         if not isinstance(layer, int) or not 0 <= layer < len(self.names):
@@ -152,12 +167,12 @@ class Chain:
         if (
             not isinstance(x, Tensor)
             or x.dtype != torch.float32
-            or x.device.type != "cpu"
+            or x.device != self.device
             or x.ndim != len(self.image) + 1
             or tuple(x.shape[1:]) != self.image
         ):
             raise InputError(
-                f"tsrfast.Chain: x must be float32 [N, {', '.join(map(str, self.image))}] on the CPU, got {_said(x)}"
+                f"tsrfast.Chain: x must be float32 [N, {', '.join(map(str, self.image))}] on {self._where}, got {_said(x)}"
             )
         return x.detach().reshape(len(x), *self._entering).contiguous()
 
@@ -225,7 +240,7 @@ def compile(model: nn.Module, image: Sequence[int] | Tensor | None = None, *, wi
     or functions. What counts is the network in eval mode, whatever mode it is in; it is left as it was.
 
     Args:
-        model: float32 parameters on the CPU, no hooks.
+        model: float32 parameters on one device, cpu or cuda, which becomes the chain's; no hooks.
         image: shape of one input, (C, H, W) or (D,), or a batch of inputs; not needed if the model has an `image` or begins with a Linear.
         winograd: compute 3x3 convolutions by Winograd F(4x4,3x3) where that is quicker; else all of them by direct sums.
 
@@ -238,7 +253,15 @@ def compile(model: nn.Module, image: Sequence[int] | Tensor | None = None, *, wi
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"tsrfast.compile: model must be a torch.nn.Module, got {type(model).__name__}")
-    return Chain(lambda: model, _image_shape(model, image), winograd)
+    return Chain(lambda: model, _image_shape(model, image), winograd, _device(model, image))
+
+
+def _device(model: nn.Module, image: Sequence[int] | Tensor | None) -> torch.device:
+    """Of the first parameter; of the batch of images, or the CPU, if there is none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if first is not None and first.device.type in ("cpu", "cuda"):
+        return first.device
+    return image.device if isinstance(image, Tensor) else CPU
 
 
 def _image_shape(model: nn.Module, image: Sequence[int] | Tensor | None) -> tuple[int, ...]:
@@ -261,25 +284,26 @@ def _image_shape(model: nn.Module, image: Sequence[int] | Tensor | None) -> tupl
     return shape
 
 
-def automatic(model: nn.Module, image: tuple[int, ...]) -> Chain:
-    """The chain of `model` as it is now, for images of shape `image`: the one of the last call if nothing has changed.
+def automatic(model: nn.Module, image: tuple[int, ...], device: torch.device = CPU) -> Chain:
+    """The chain of `model` as it is now, for images of shape `image` on `device`: the one of the last call if nothing has changed.
 
-    A chain that was returned is never changed. It does not keep the model alive. Any thread may call this.
+    A chain that was returned is never changed. It does not keep the model alive. Any thread may call this. On CUDA the parameters are
+    packed anew each time: that takes less than asking whether they have changed, which makes the host wait for the device.
 
     Raises:
         UnsupportedModel: the model, as it is now, cannot be compiled.
     """
     chain: Chain | None = _automatic.get(model)
-    if chain is not None and chain.image == image:
+    if chain is not None and (chain.image, chain.device) == (image, device):
         steps = chain._trace()
-        if _same(chain._steps, steps):
+        if device.type == "cpu" and _same(chain._steps, steps):
             return chain
         if _structure(chain._steps) == _structure(steps):  # other numbers only, as in every step of training
             chain = copy.copy(chain)
             chain._set(steps)
             _automatic[model] = chain
             return chain
-    chain = Chain(weakref.ref(model), image, winograd=True)
+    chain = Chain(weakref.ref(model), image, winograd=True, device=device)
     _automatic[model] = chain
     return chain
 

@@ -43,9 +43,9 @@ class Record:
         return "+".join([*self.names, *activation])
 
 
-def build(steps: list[Step], winograd: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """The plan int64 ``[records, len(FIELDS)]``, its parameters float32 ``[*]``, and the records' names."""
-    with torch.no_grad():
+def build(steps: list[Step], winograd: bool, device: torch.device) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """The plan int64 ``[records, len(FIELDS)]`` on the CPU, its parameters float32 ``[*]`` on `device`, and the records' names."""
+    with torch.no_grad(), device:  # whatever the default device is
         records = fold(steps)
         weights = _place(records)
     for r in records:
@@ -109,8 +109,8 @@ def _scale_and_shift(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def _full(step: Step, value: float) -> Tensor:
-    """One float64 for each channel that enters; on the CPU, whatever the default device is."""
-    return torch.full((step.entering[0],), value, dtype=torch.float64, device="cpu")
+    """One float64 for each channel that enters."""
+    return torch.full((step.entering[0],), value, dtype=torch.float64)
 
 
 def _after(record: Record, scale: Tensor, shift: Tensor) -> None:
@@ -179,12 +179,12 @@ def _place(records: list[Record]) -> Tensor:
             own["weight"] = r.weight
             own["bias"] = r.weight.new_zeros(r.leaving[0]) if r.bias is None else r.bias
         if r.activation == "leaky_relu":
-            own["slope"] = torch.tensor([r.slope], dtype=torch.float64, device="cpu")
+            own["slope"] = torch.tensor([r.slope], dtype=torch.float64)
         for name, values in own.items():
             r.offsets[name] = total
             parts.append((total, values))
             total += values.numel()
-    weights = torch.empty(total, dtype=torch.float32, device="cpu")
+    weights = torch.empty(total, dtype=torch.float32)
     for offset, values in parts:
         weights[offset : offset + values.numel()].view(values.shape).copy_(values)
     return weights

@@ -203,10 +203,10 @@ def same(t: Trace, x: Tensor) -> Tensor:
 
 def to(t: Trace, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if x is not t.live:  # constant.to(value): as the value is
-        return x.to(device="cpu", dtype=torch.float32)
-    moved = torch.empty(0, dtype=torch.float32, device="cpu").to(*args, **kwargs)
-    if moved.dtype != torch.float32 or moved.device.type != "cpu":
-        t.refuse(f"the chain computes in float32 on the CPU; got {moved.dtype} on {moved.device}")
+        return x.to(device=t.device, dtype=torch.float32)
+    moved = torch.empty(0, dtype=torch.float32, device=t.device).to(*args, **kwargs)
+    if moved.dtype != torch.float32 or moved.device != t.device:
+        t.refuse(f"the chain computes in float32 on {t.device}; got {moved.dtype} on {moved.device}")
     return t.value(t.shape)
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -25,9 +26,16 @@ from tsrfast.errors import UnsupportedModel
 Shape = tuple[int, int, int]
 Handlers = Mapping[Callable[..., Any], Callable[..., Any]]
 
+CPU = torch.device("cpu")
 BATCHES = 61, 4094, 1  # images in a trace: a network must not depend on their number
+
+
 # What is behind a value: should anything get at it all the same, it does not stay unnoticed.
-_NAN = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
+@lru_cache
+def _nan(device: torch.device) -> Tensor:
+    return torch.full((1,), torch.nan, dtype=torch.float32, device=device)
+
+
 MODES = threading.RLock()  # held while modules are switched to eval mode and back
 
 
@@ -85,7 +93,7 @@ class _Value(Tensor):
             t.refuse(f"{name} uses a value that is used elsewhere too: the computation must be one line")
         if not torch.is_grad_enabled():
             t.refuse(f"{name} runs without gradient (no_grad, or inside an autograd.Function)")
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(t.device.type):
             t.refuse(f"{name} runs under autocast: the chain computes in float32")
         return t.handlers[func](t, *args, **kwargs)
 
@@ -93,8 +101,8 @@ class _Value(Tensor):
 class Trace:
     """A trace under way: the steps so far, and the one value that may be used next (its shape is asked for here: that costs less)."""
 
-    def __init__(self, model: nn.Module, image: tuple[int, ...], handlers: Handlers, batch: int) -> None:
-        self.model, self.handlers, self.batch = model, handlers, batch
+    def __init__(self, model: nn.Module, image: tuple[int, ...], handlers: Handlers, batch: int, device: torch.device) -> None:
+        self.model, self.handlers, self.batch, self.device = model, handlers, batch, device
         self.names: dict[int, str] = {}
         self.steps: list[Step] = []
         self.refused: str | None = None
@@ -118,7 +126,7 @@ class Trace:
         """A value of shape [N, ...], which is the live one from now on."""
         self.shape = tuple(shape)
         # A leaf that requires gradients: PyTorch itself then refuses to change it in place out of sight.
-        self.live = Tensor._make_subclass(_Value, _NAN.expand(self.shape), True)
+        self.live = Tensor._make_subclass(_Value, _nan(self.device).expand(self.shape), True)
         self.values.append(weakref.ref(self.live))
         return self.live
 
@@ -141,8 +149,8 @@ class Trace:
             self.refuse(f"the chain computes with ordinary tensors; got {type(t).__name__}")
         if not t.is_inference():
             self.versions.append((t, t._version))
-        if t.device.type != "cpu" or t.layout != torch.strided:
-            self.refuse(f"the chain computes with dense tensors on the CPU; got {t.layout} on {t.device}")
+        if t.device != self.device or t.layout != torch.strided:
+            self.refuse(f"the chain computes with dense tensors on {self.device}; got {t.layout} on {t.device}")
         if t.dtype != torch.float32 and not (t.ndim == 0 and t.is_floating_point()):  # such a number does not change a dtype
             self.refuse(f"the chain computes in float32; got {str(t.dtype).removeprefix('torch.')}")
 
@@ -226,14 +234,16 @@ def _chw(shape: Sequence[int]) -> Shape:
     return c, h, w
 
 
-def run_trace(model: nn.Module, image: tuple[int, ...], handlers: Handlers, batch: int = BATCHES[0]) -> list[Step]:
-    """The steps of `model`, as it would run in eval mode, on images of shape `image`; the model is left as it was.
+def run_trace(
+    model: nn.Module, image: tuple[int, ...], handlers: Handlers, batch: int = BATCHES[0], device: torch.device = CPU
+) -> list[Step]:
+    """The steps of `model`, as it would run in eval mode, on images of shape `image` on `device`; the model is left as it was.
 
     Raises:
         UnsupportedModel: naming the module and why.
     """
     with MODES, torch.enable_grad():
-        return Trace(model, image, handlers, batch).run()
+        return Trace(model, image, handlers, batch, device).run()
 
 
 # May be asked about a value without using it. With properties it is their getter that arrives.

@@ -26,6 +26,7 @@ class ChainPGD(NamedTuple):
     x: Tensor
     loss: Tensor
     adversarial: Tensor
+    closeness: Tensor
     bad: Tensor
     queries: Tensor
     iterates: Tensor | None
@@ -65,13 +66,20 @@ def _run(x: Tensor, plan: Tensor, weights: Tensor) -> list[Tensor]:
     return out
 
 
-def chain_forward(x: Tensor, plan: Tensor, weights: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """What the records `layers` of the plan return for x ``[N, ...]``; kinds and formulas in csrc/core/chain.h."""
+def chain_forward(
+    x: Tensor, plan: Tensor, weights: Tensor, layers: Sequence[int], *, precision: str = "float32"
+) -> list[Tensor]:
+    """What the records `layers` of the plan return for x ``[N, ...]``; kinds and formulas in csrc/core/chain.h.
+
+    Here and below everything is computed in x's dtype, whatever the kernels' `precision`.
+    """
     out = _run(x, plan, weights)
     return [out[layer] for layer in layers]
 
 
-def chain_gradient(x: Tensor, plan: Tensor, weights: Tensor, cotangent: Tensor, layer: int = -1) -> Tensor:
+def chain_gradient(
+    x: Tensor, plan: Tensor, weights: Tensor, cotangent: Tensor, layer: int = -1, *, precision: str = "float32"
+) -> Tensor:
     """Gradients of sum(logits * cotangent[:, r]), r = 0 .. R - 1, for what record `layer` returns (-1: x): ``[N, R, ...]``."""
     with torch.enable_grad():
         leaf = (x if layer == -1 else chain_forward(x, plan, weights, [layer])[0]).detach().requires_grad_()
@@ -120,11 +128,12 @@ def chain_pgd(
     early_stop: bool = False,
     judge: bool = True,
     iterates: bool = False,
+    precision: str = "float32",
 ) -> ChainPGD:
     """`steps` of `pgd_step` on the loss, image by image; an image that is done is frozen (`early_stop`)."""
     n, x, running = len(x0), start.clone(), torch.ones(len(x0), dtype=torch.bool)
     best = x.clone()
-    value = torch.full((n,), torch.nan, dtype=x0.dtype)
+    value, closeness = (torch.full((n,), torch.nan, dtype=x0.dtype) for _ in range(2))
     adversarial = torch.zeros(n, dtype=torch.bool)
     bad, queries = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     path = [x]
@@ -141,6 +150,8 @@ def chain_pgd(
             t = None if teacher is None else _run(leaf, *teacher)[-1].flatten(1)
             now, answer = _loss(loss, s, t, labels)
             g = torch.autograd.grad(now.sum(), leaf)[0] if step < steps else None
+        if step == 0 and t is not None and loss.startswith("oracle_"):
+            closeness = ((s - t).norm(dim=1) / t.norm(dim=1)).detach()
         now, wrong = now.detach(), (s.argmax(1) != answer) ^ targeted
         queries += running
         if keep == "best":
@@ -162,4 +173,4 @@ def chain_pgd(
             x = torch.where(column(running), moved, x)
             path.append(x)
     result = best if judge or early_stop or keep == "best" else x
-    return ChainPGD(result, value, adversarial, bad, queries, torch.stack(path) if iterates else None)
+    return ChainPGD(result, value, adversarial, closeness, bad, queries, torch.stack(path) if iterates else None)
