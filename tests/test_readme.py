@@ -111,11 +111,17 @@ def test_evaluation_example(tmp_path, monkeypatch, capsys):
 
 
 def test_specialization_example(capsys):
-    (code,) = (c for c in EXAMPLES if "tsrfast.specialization" in c)
+    (code,) = (c for c in EXAMPLES if "ChannelCorrelation" in c)
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     nn.init.ones_(teacher[0].bias)  # no dead channel
     exec(code, {"student_act": teacher, "teacher_act": teacher, "batches": torch.rand(3, 2, 3, 8, 8)})
     assert "specialized=4" in capsys.readouterr().out
+
+
+def test_gradient_rule_example(capsys):
+    (code,) = (c for c in EXAMPLES if "GradientRule" in c)
+    exec(code, {"student": small_net(), "teacher": small_net(), "batches": torch.rand(3, 2, 3, 32, 32)})
+    assert "torch.Size([4, 4])" in capsys.readouterr().out
 
 
 def test_names_every_experiment_and_switch():

@@ -1,10 +1,12 @@
 """Which student nodes have become copies of which teacher nodes (Yang et al., AISTATS 2021, sections 3 and 5).
 
 `correlation` measures it on activations (normalised correlation), `scores` sums it up (BNC, MBNC, counts), `subspace`
-splits the distance of first-layer filters into the part that natural images see and the rest.
+splits the distance of first-layer filters into the part that natural images see and the rest, `gradient_rule` gives the matrices
+by which the gradient couples nodes.
 """
 
 from tsrfast.specialization.correlation import ChannelCorrelation, NormalizedCorrelation, correlate
+from tsrfast.specialization.gradient_rule import GradientMatrices, GradientRule, gradient_rows, hidden_layers
 from tsrfast.specialization.scores import (
     Pearson,
     SpecializedCounts,
@@ -20,6 +22,8 @@ from tsrfast.specialization.subspace import PatchBasis, distance_to_patches, eps
 
 __all__ = [
     "ChannelCorrelation",
+    "GradientMatrices",
+    "GradientRule",
     "NormalizedCorrelation",
     "PatchBasis",
     "Pearson",
@@ -28,6 +32,8 @@ __all__ = [
     "correlate",
     "distance_to_patches",
     "eps_curves",
+    "gradient_rows",
+    "hidden_layers",
     "mbnc",
     "patch_basis",
     "pearson",

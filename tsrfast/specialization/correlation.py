@@ -69,6 +69,12 @@ class ChannelCorrelation:
         """Forget everything."""
         self._state = None
 
+    def to(self, device: torch.device | str) -> ChannelCorrelation:
+        """Move what was seen to `device`; returns itself."""
+        if self._state is not None:
+            self._state = CorrelationState(*(m.to(device) for m in self._state))
+        return self
+
     def compute(self) -> NormalizedCorrelation:
         """The correlation over all batches so far.
 
@@ -108,7 +114,21 @@ class HasActivations(Protocol):
 def correlate(
     student: HasActivations, teacher: HasActivations, images: Tensor, batch_size: int = 256
 ) -> list[NormalizedCorrelation]:
-    """Correlate two networks layer by layer.
+    """Correlate two networks layer by layer: `accumulate`, and `ChannelCorrelation.compute` of each.
+
+    Returns:
+        One `NormalizedCorrelation` a layer, first layer first.
+
+    Raises:
+        InputError: as `accumulate`; activations that are not finite.
+    """
+    return [layer.compute() for layer in accumulate(student, teacher, images, batch_size)]
+
+
+def accumulate(
+    student: HasActivations, teacher: HasActivations, images: Tensor, batch_size: int = 256
+) -> list[ChannelCorrelation]:
+    """What `correlate` sees, to be merged with what others saw of other images.
 
     Args:
         student, teacher: networks with `activations(x)`, as many layers each, of equal H and W; they run in eval mode and
@@ -117,10 +137,10 @@ def correlate(
         batch_size: images at a time; the result does not depend on it (up to rounding, 1e-7).
 
     Returns:
-        One `NormalizedCorrelation` a layer, first layer first.
+        One `ChannelCorrelation` a layer, first layer first.
 
     Raises:
-        InputError: no images, a batch size below 1, different numbers of layers, activations that do not fit or are not finite.
+        InputError: no images, a batch size below 1, different numbers of layers, activations that do not fit.
     """
     if images.ndim != 4 or len(images) == 0:
         raise InputError(f"tsrfast.correlate: images must be [N, C, H, W] with N >= 1, got shape {tuple(images.shape)}")
@@ -139,4 +159,4 @@ def correlate(
             layers = layers or [ChannelCorrelation() for _ in ours]
             for layer, s, t in zip(layers, ours, theirs, strict=True):
                 layer.update(s, t)
-    return [layer.compute() for layer in layers]
+    return layers
