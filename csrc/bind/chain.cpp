@@ -147,7 +147,7 @@ void bind_cpu(py::module_& cpu) {
       release_gil());
 }
 
-#if defined(TSR_WITH_CUDA) && defined(TSR_CHAIN_CUDA)
+#ifdef TSR_WITH_CUDA
 int64_t packed_size_cuda(const tsr::ChainPlan& plan) { return plan.records ? tsr::chain_packed_cuda(plan).size : 0; }
 int64_t map_size(const tsr::ChainPlan& plan) {
   const tsr::ChainPackedCuda p = tsr::chain_packed_cuda(plan);
@@ -228,7 +228,7 @@ void bind_cuda(py::module_& cuda) {
 void bind_chain(py::module_& cpu, [[maybe_unused]] py::module_& cuda) {
   cpu.attr("chain_columns") = tsr::kChainColumns;
   bind_cpu(cpu);
-#if defined(TSR_WITH_CUDA) && defined(TSR_CHAIN_CUDA)
+#ifdef TSR_WITH_CUDA
   bind_cuda(cuda);
 #endif
 }

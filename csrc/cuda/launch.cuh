@@ -4,6 +4,8 @@
 // cannot do for static arrays of templates.
 #pragma once
 #include <cstdint>
+#include <functional>
+#include <utility>
 #ifdef TSR_EMU
 #include "emu/emu.h"
 
@@ -16,8 +18,22 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void*, A..
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
+struct DeviceTraits {
+  int capability = 90, multiprocessors = 2;
+  explicit DeviceTraits(int) {}
+};
+class Replay {
+ public:
+  Replay(std::function<void(void*)> launches, void*) : launches_(std::move(launches)) {}
+  void operator()(void* stream) const { launches_(stream); }
+
+ private:
+  std::function<void(void*)> launches_;
+};
 
 }  // namespace tsr
+
+#define __grid_constant__
 
 #define TSR_DYNAMIC_SHARED(T, name) EMU_DYNAMIC_SHARED(T, name)
 #else
@@ -36,6 +52,10 @@ inline void check(cudaError_t e, const char* what) {
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stream, A... args) {
+  constexpr size_t kUsual = 48 * 1024;  // beyond it, a kernel has to be told first
+  if (smem > kUsual)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem)),
+          "shared memory for a kernel");
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), "kernel launch");
 }
@@ -50,6 +70,66 @@ struct DeviceGuard {
   ~DeviceGuard() { cudaSetDevice(old); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
+};
+
+struct DeviceTraits {
+  int capability, multiprocessors;  // capability: 90 for 9.0
+  explicit DeviceTraits(int device) {
+    int major, minor;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    capability = 10 * major + minor;
+  }
+};
+
+// Launches that are repeated with the same arguments: captured once as a graph, on a stream of its own. Where the
+// caller's stream is being captured itself, they become part of that graph instead, one by one.
+class Replay {
+ public:
+  Replay(std::function<void(void*)> launches, void* stream) : launches_(std::move(launches)) {
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+    if (status == cudaStreamCaptureStatusNone) capture();
+  }
+  ~Replay() {
+    if (graph_) cudaGraphExecDestroy(graph_);  // one that still runs is freed when it has ended
+  }
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+
+  void operator()(void* stream) const {
+    if (graph_)
+      check(cudaGraphLaunch(graph_, static_cast<cudaStream_t>(stream)), "cudaGraphLaunch");
+    else
+      launches_(stream);
+  }
+
+ private:
+  struct Stream {
+    cudaStream_t own;
+    Stream() { check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"); }
+    ~Stream() { cudaStreamDestroy(own); }
+  };
+  void capture() {
+    const Stream stream;
+    check(cudaStreamBeginCapture(stream.own, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    cudaGraph_t graph = nullptr;
+    try {
+      launches_(stream.own);
+    } catch (...) {
+      cudaStreamEndCapture(stream.own, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      throw;
+    }
+    check(cudaStreamEndCapture(stream.own, &graph), "cudaStreamEndCapture");
+    const cudaError_t made = cudaGraphInstantiateWithFlags(&graph_, graph, 0);
+    cudaGraphDestroy(graph);
+    check(made, "cudaGraphInstantiate");
+  }
+
+  std::function<void(void*)> launches_;
+  cudaGraphExec_t graph_ = nullptr;
 };
 
 }  // namespace tsr

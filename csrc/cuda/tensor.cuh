@@ -10,7 +10,8 @@
 //   A  a0 (g, 2t)  a1 (g + 8, 2t)  a2 (g, 2t + 8)  a3 (g + 8, 2t + 8)      (row, first of two columns)
 //   B  b0 (2t, g)  b1 (2t + 8, g)                                          (first of two rows k, column n)
 //   C  c0, c1 (g, 2t)  c2, c3 (g + 8, 2t)
-// mma.m16n8k8 has a0, a1 and b0 only.
+// mma.m16n8k8 has a0, a1 and b0 only. With tf32 a register holds one value:
+//   A  a0 (g, t)  a1 (g + 8, t)  a2 (g, t + 4)  a3 (g + 8, t + 4)     B  b0 (t, g)  b1 (t + 4, g)     C as above
 #pragma once
 #include "cuda/launch.cuh"
 
@@ -94,6 +95,18 @@ TSR_DEVICE void mma_bf16_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+TSR_DEVICE void mma_tf32_k8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The nearest float32 of 11 significant bits (ties away from 0), which is what tensor cores take.
+TSR_DEVICE uint32_t round_tf32(float v) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
 
 // Two float32 to 16 bits each, to nearest even; the lower half is `lo`. _relu: of max(., 0), NaN stays NaN.
 TSR_DEVICE uint32_t pack_f16(float lo, float hi) {
@@ -129,6 +142,14 @@ TSR_DEVICE uint32_t sign_masks(uint32_t m) {
 TSR_DEVICE void copy_async_16(Shared to, const void* from, bool there = true) {
   const int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+// The same of 4 or 8 bytes; both addresses are multiples of that.
+template <int kBytes>
+TSR_DEVICE void copy_async_few(Shared to, const void* from, bool there = true) {
+  static_assert(kBytes == 4 || kBytes == 8, "16 bytes go past the first-level cache: copy_async_16");
+  const int bytes = there ? kBytes : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes)
+               : "memory");
 }
 TSR_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>  // returns when at most the last kLeft groups of this thread are on their way

@@ -237,6 +237,32 @@ TSR_DEVICE void mma_bf16_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   emu::mma(d, f, 16, 12);
 }
 
+TSR_DEVICE void mma_tf32_k8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const auto value = [](uint32_t bits) {  // the hardware takes the upper 19 bits
+    bits &= 0xffffe000u;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  };
+  const emu::Fragments mine{{value(a[0]), value(a[1]), value(a[2]), value(a[3])}, {value(b0), value(b1)}};
+  emu::collect<const emu::Fragments*>(0xffffffffu, &mine, 13, [&](int w) {
+    const int g = emu::lane() / 4, t = emu::lane() % 4;
+    const auto of = [w](int lane) -> const emu::Fragments& { return *emu::slot_of<const emu::Fragments*>(w + lane); };
+    for (int i = 0; i < 4; ++i) {
+      const int lower = i >= 2 ? 1 : 0;  // rows g + 8 are in a1 and a3
+      float sum = 0;
+      for (int k = 0; k < 8; ++k) sum += of(g * 4 + k % 4).a[lower + k / 4 * 2] * of((2 * t + i % 2) * 4 + k % 4).b[k / 4];
+      d[i] += sum;
+    }
+    return &mine;
+  });
+}
+TSR_DEVICE uint32_t round_tf32(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return v != v ? 0x7fffffffu : (bits & 0x7fffffffu) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
 TSR_DEVICE uint32_t pack_f16(float lo, float hi) { return emu::half_bits(lo) | uint32_t(emu::half_bits(hi)) << 16; }
 TSR_DEVICE uint32_t pack_f16_relu(float lo, float hi) {
   return pack_f16(lo > 0 || lo != lo ? lo : 0.f, hi > 0 || hi != hi ? hi : 0.f);
@@ -251,16 +277,22 @@ TSR_DEVICE float half_bits_to_float(uint16_t h) { return emu::half_values()[h]; 
 TSR_DEVICE uint16_t float_to_half_bits(float f) { return emu::half_bits(f); }
 TSR_DEVICE uint32_t sign_masks(uint32_t m) { return (m & 0x8000u ? 0xffffu : 0u) | (m >> 31 ? 0xffff0000u : 0u); }
 
-TSR_DEVICE void copy_async_16(Shared to, const void* from, bool there = true) {
-  emu::will_write(to, 16);
-  if (there && reinterpret_cast<uintptr_t>(from) % 16)
-    emu::die("copy_async_16 from an address that is not a multiple of 16");
-  const emu::Copy c{to, 16, 0, there ? from : nullptr};
+TSR_DEVICE void copy_async(Shared to, const void* from, bool there, uint32_t bytes) {
+  emu::will_write(to, bytes);
+  if (there && reinterpret_cast<uintptr_t>(from) % bytes)
+    emu::die("an asynchronous copy from an address that is not a multiple of its size");
+  const emu::Copy c{to, bytes, 0, there ? from : nullptr};
   emu::start(c);
   if (emu::copies_arrive_at_once())
     emu::arrive(c, true);
   else
     emu::background().groups[emu::B.cur].back().push_back(c);
+}
+TSR_DEVICE void copy_async_16(Shared to, const void* from, bool there = true) { copy_async(to, from, there, 16); }
+template <int kBytes>
+TSR_DEVICE void copy_async_few(Shared to, const void* from, bool there = true) {
+  static_assert(kBytes == 4 || kBytes == 8, "");
+  copy_async(to, from, there, kBytes);
 }
 TSR_DEVICE void copy_async_commit() { emu::background().groups[emu::B.cur].emplace_back(); }
 template <int kLeft>

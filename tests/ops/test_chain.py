@@ -15,7 +15,13 @@ from tsrfast import _native, ops, reference
 from tsrfast.errors import EnvironmentFault, InputError
 from tsrfast.ops.chain import FIELDS, KINDS, LOSSES
 
+try:
+    from tsrfast import _emu
+except ImportError:
+    _emu = None
+
 ISAS = [level for level in _native._C.isa_levels() if level != "avx512bf16"]  # which has nothing of its own here
+ON_CUDA = ["emu", pytest.param("cuda", marks=pytest.mark.cuda)]
 ORACLE = [name for name in LOSSES if name.startswith("oracle")]
 
 
@@ -64,7 +70,10 @@ class Builder:
 
     @property
     def net(self):
-        return self.plan, ops.chain_pack(self.plan, self.weights)
+        return self.on("cpu")
+
+    def on(self, device):
+        return self.plan, ops.chain_pack(self.plan, self.weights.to(device))
 
     @property
     def exact(self):
@@ -103,13 +112,19 @@ def builders(draw):
 
 
 @contextmanager
-def level(name):
+def engine(name):
+    """The CPU engine at an instruction set, the CUDA engine emulated, or the CUDA engine; gives the device of tensors."""
+    if (name == "emu" and _emu is None) or (name == "cuda" and not torch.cuda.is_available()):
+        pytest.skip("tsrfast._emu is not built" if name == "emu" else "no CUDA device")
     before = _native._C.isa()
-    _native.set_isa(name)
+    if name in ISAS:
+        _native.set_isa(name)
+    _native.emulator = _emu if name == "emu" else None
     try:
-        yield
+        yield "cuda" if name == "cuda" else "cpu"
     finally:
         _native.set_isa(before)
+        _native.emulator = None
 
 
 def images(made, n, seed=0):
@@ -126,7 +141,7 @@ def close(got, exact, tolerance):
         assert float((got.double() - exact).abs().max()) <= tolerance * max(float(exact.abs().max()), 1e-3)
 
 
-def open_gates(made, x):
+def open_gates(made, x, near=1e-5):
     """No unit so near 0, and no window so near a tie, that rounding decides: there, gradients jump."""
     a = x.double()
     for i, row in enumerate(made.rows):
@@ -134,10 +149,10 @@ def open_gates(made, x):
         plain_row = made.plan[i : i + 1].clone()
         plain_row[0, FIELDS.index("activation")] = 0
         (z,) = reference.chain_forward(a, plain_row, made.weights.double(), [0])
-        if r["activation"] and float(z.abs().min()) <= 1e-5 * float(z.abs().max()):
+        if r["activation"] and float(z.abs().min()) <= near * float(z.abs().max()):
             return False
         if r["kind"] == KINDS["max_pool"]:
-            shaken = a + 1e-5 * float(a.abs().max()) * torch.randn(a.shape, generator=generator(), dtype=a.dtype)
+            shaken = a + near * float(a.abs().max()) * torch.randn(a.shape, generator=generator(), dtype=a.dtype)
             kernel, stride, pad = ((r[f"{k}_h"], r[f"{k}_w"]) for k in ("kernel", "stride", "pad"))
             places = [torch.nn.functional.max_pool2d(v.reshape(len(v), r["channels"], r["height"], r["width"]), kernel, stride, pad,
                                                      return_indices=True)[1] for v in (a, shaken)]  # fmt: skip
@@ -147,22 +162,37 @@ def open_gates(made, x):
     return True
 
 
+def check_plan(made, n, name, precision, tolerance):
+    """Forward pass and gradients are within `tolerance` of the largest value."""
+    x = images(made, n)
+    every = list(range(len(made.rows)))
+    with engine(name) as device:
+        net = made.on(device)
+        outputs = ops.chain_forward(x.to(device), *net, every, precision=precision)
+        for got, exact in zip(outputs, reference.chain_forward(x.double(), *made.exact, every), strict=True):
+            close(got.cpu(), exact, tolerance)
+        if open_gates(made, x, tolerance):
+            cotangent = torch.randn(n, 2, math.prod(made.shape), generator=generator(1))
+            for layer in (-1, len(every) // 2, len(every) - 1):
+                got = ops.chain_gradient(x.to(device), *net, cotangent.to(device), layer, precision=precision)
+                close(got.cpu(), reference.chain_gradient(x.double(), *made.exact, cotangent.double(), layer), tolerance)
+
+
 @pytest.mark.parametrize("isa_level", ISAS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(builders(), st.sampled_from([1, 3, 5, 9, 17]))
 def test_is_the_reference(isa_level, made, n):
     """1e-5 of the largest value: float32 sums of some hundred terms over a few layers are about 1e-6 off."""
-    x = images(made, n)
-    every = list(range(len(made.rows)))
-    with level(isa_level):
-        outputs = ops.chain_forward(x, *made.net, every)
-        for got, exact in zip(outputs, reference.chain_forward(x.double(), *made.exact, every), strict=True):
-            close(got, exact, 1e-5)
-        if open_gates(made, x):
-            cotangent = torch.randn(n, 2, math.prod(made.shape), generator=generator(1))
-            for layer in (-1, len(every) // 2, len(every) - 1):
-                got = ops.chain_gradient(x, *made.net, cotangent, layer)
-                close(got, reference.chain_gradient(x.double(), *made.exact, cotangent.double(), layer), 1e-5)
+    check_plan(made, n, isa_level, "float32", 1e-5)
+
+
+# float16 rounds every activation and weight to 11 bits: 5e-4 a factor, some of them in a row.
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("split", 1e-5), ("float16", 4e-3)])
+@pytest.mark.parametrize("name", ON_CUDA)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(builders(), st.sampled_from([1, 3, 17]))
+def test_is_the_reference_on_cuda(name, precision, tolerance, made, n):
+    check_plan(made, n, name, precision, tolerance)
 
 
 def student(winograd=1, widths=(18, 13, 9), image=(3, 16, 16), seed=0):
@@ -197,8 +227,8 @@ def test_winograd_rounds_little_worse_than_pytorch():
     assert (ops.chain_gradient(x, *made.net, cotangent) - truth).norm() <= 4 * (plain - truth).norm() + 1e-5 * truth.norm()
 
 
-@pytest.mark.parametrize("isa_level", ISAS)
-def test_zeros_stay_zeros(isa_level):
+@pytest.mark.parametrize("name", [*ISAS, *ON_CUDA])
+def test_zeros_stay_zeros(name):
     """Where a direct sum has nothing but zeros to add, Winograd's rounding error must not appear: sign(0) = 0 moves no pixel."""
     made = Builder((1, 20, 20), seed=4)
     for width in (3, 2):
@@ -208,8 +238,10 @@ def test_zeros_stay_zeros(isa_level):
     x = images(made, 9)
     x[:, :, :, 11:] = 0
     cotangent = torch.randn(9, 1, 10, generator=generator(1))
-    with level(isa_level):
-        outputs, gradient = ops.chain_forward(x, *made.net, [0, 1]), ops.chain_gradient(x, *made.net, cotangent)
+    with engine(name) as device:
+        net = made.on(device)
+        outputs = [a.cpu() for a in ops.chain_forward(x.to(device), *net, [0, 1])]
+        gradient = ops.chain_gradient(x.to(device), *net, cotangent.to(device)).cpu()
     exact = reference.chain_gradient(x.double(), *made.exact, cotangent.double())
     assert 0.1 < (exact == 0).float().mean() < 0.9
     assert torch.equal(gradient == 0, exact == 0)
@@ -217,10 +249,11 @@ def test_zeros_stay_zeros(isa_level):
         assert torch.equal(got == 0, truth == 0)
 
 
-def test_gradient_rows_are_the_jacobian():
+def test_gradient_rows_are_the_jacobian(device):
     made = student()
     x = images(made, 3)
-    rows = ops.chain_gradient(x, *made.net, torch.eye(10).expand(3, 10, 10).contiguous(), 1)
+    eye = torch.eye(10).expand(3, 10, 10).contiguous()
+    rows = ops.chain_gradient(x.to(device), *made.on(device), eye.to(device), 1).cpu()
     (a,) = reference.chain_forward(x.double(), *made.exact, [1])
     rest = made.plan[2:], made.weights.double()
     for i in range(3):
@@ -228,13 +261,16 @@ def test_gradient_rows_are_the_jacobian():
         close(rows[i], jacobian, 1e-5)
 
 
-def attack(x, made, teacher=None, labels=None, start=None, exact=False, **kw):
+def attack(x, made, teacher=None, labels=None, start=None, exact=False, device="cpu", **kw):
+    """On `device`; everything given and returned is on the CPU."""
     kw = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 5, "loss": "cross_entropy", **kw}
-    nets = [None if m is None else m.exact if exact else m.net for m in (made, teacher)]
+    nets = [None if m is None else m.exact if exact else m.on(device) for m in (made, teacher)]
     start = x if start is None else start
     if exact:
         return reference.chain_pgd(x.double(), start.double(), *nets, labels, **kw)
-    return ops.chain_pgd(x, start, *nets, labels, **kw)
+    kw = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
+    got = ops.chain_pgd(x.to(device), start.to(device), *nets, None if labels is None else labels.to(device), **kw)
+    return ops.chain.ChainPGD(*(None if t is None else t.cpu() for t in got))
 
 
 def labels_of(n, seed=3):
@@ -243,32 +279,34 @@ def labels_of(n, seed=3):
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["up", "down"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_step_of_every_loss(loss, targeted):
+def test_one_step_of_every_loss(loss, targeted, device):
     """A step of length 1 in l2 shows the gradient's direction itself."""
     s, t = pair()
     x, y = images(s, 5), labels_of(5)
     kw = {"loss": loss, "norm": "l2", "eps": math.inf, "step_size": 1.0, "steps": 1, "lo": -math.inf, "hi": math.inf}
     kw["targeted"] = targeted and loss in ("cross_entropy", "margin")
-    got = attack(x, s, t if loss in ORACLE else None, y, **kw)
+    got = attack(x, s, t if loss in ORACLE else None, y, device=device, **kw)
     truth = attack(x, s, t if loss in ORACLE else None, y, exact=True, **kw)
     close(got.x - x, truth.x - x.double(), 1e-4)
     close(got.loss, truth.loss, 1e-4)
     assert torch.equal(got.adversarial, truth.adversarial)
     assert got.queries.tolist() == [2] * 5
     assert got.bad.tolist() == [0] * 5
+    assert torch.equal(got.closeness.isnan(), truth.closeness.isnan())
+    torch.testing.assert_close(got.closeness.double(), truth.closeness, rtol=1e-4, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("isa_level", ISAS)
+@pytest.mark.parametrize("name", [*ISAS, *ON_CUDA])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_attack_is_the_reference(norm, isa_level):
+def test_attack_is_the_reference(norm, name):
     """Five steps. A pixel whose gradient is rounding noise may step the other way and drag the path a little: 1 % of them."""
     s, t = pair()
     x, y = images(s, 9), labels_of(9)
     radius = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.2), "l1": (6.0, 2.0)}[norm]
     eps = torch.linspace(0, 1, 9, dtype=torch.float64) * radius[0]
     kw = {"norm": norm, "eps": eps, "step_size": radius[1], "loss": "oracle_l2", "iterates": True}
-    with level(isa_level):
-        got = attack(x, s, t, y, **kw)
+    with engine(name) as device:
+        got = attack(x, s, t, y, device=device, **kw)
     truth = attack(x, s, t, y, exact=True, **kw)
     assert ((got.x - truth.x).abs() > 1e-4).float().mean() <= 0.01
     assert torch.equal(got.x[0], x[0])  # eps = 0
@@ -281,7 +319,7 @@ def test_attack_is_the_reference(norm, isa_level):
 @pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize("early_stop", [False, True])
 @pytest.mark.parametrize("judge", [False, True])
-def test_bookkeeping(keep, early_stop, judge):
+def test_bookkeeping(keep, early_stop, judge, device):
     s, t = near_pair()
     x = images(s, 33)
     kw = {
@@ -293,7 +331,7 @@ def test_bookkeeping(keep, early_stop, judge):
         "eps": 0.01,
         "step_size": 0.004,
     }
-    got, truth = attack(x, s, t, **kw), attack(x, s, t, exact=True, **kw)
+    got, truth = attack(x, s, t, device=device, **kw), attack(x, s, t, exact=True, **kw)
     assert torch.equal(got.adversarial, truth.adversarial)
     assert torch.equal(got.queries, truth.queries)
     assert torch.equal(got.loss.isnan(), truth.loss.isnan())
@@ -306,8 +344,8 @@ def test_bookkeeping(keep, early_stop, judge):
         assert len(set(got.queries.tolist())) > 2  # images stop at different steps
 
 
-@pytest.mark.parametrize("isa_level", ISAS)
-def test_bits_depend_on_the_image_alone(isa_level):
+@pytest.mark.parametrize("name", ISAS)
+def test_bits_depend_on_the_image_alone(name):
     """Not on its batch (so on the vectors' width and its neighbours), nor on the threads, nor on who stops when."""
     s, t = near_pair()
     x = images(s, 37)
@@ -315,14 +353,14 @@ def test_bits_depend_on_the_image_alone(isa_level):
     cotangent = torch.randn(37, 1, 10, generator=generator())
     threads = torch.get_num_threads()
     try:
-        with level(isa_level):
+        with engine(name):
             torch.set_num_threads(1)
             whole, forward = attack(x, s, t, **kw), ops.chain_forward(x, *s.net, [1, 3])
             gradient = ops.chain_gradient(x, *s.net, cotangent)
             for n, count in ((37, 2), (1, 1), (4, 1), (5, 2), (8, 1), (9, 1), (16, 2), (17, 1)):
                 torch.set_num_threads(count)
                 parts = [attack(part, s, t, **kw) for part in x.split(n)]
-                for k in range(5):
+                for k in range(6):
                     assert torch.equal(torch.cat([p[k] for p in parts]), whole[k])
                 for k in range(2):
                     assert torch.equal(torch.cat([ops.chain_forward(p, *s.net, [1, 3])[k] for p in x.split(n)]), forward[k])
@@ -330,6 +368,29 @@ def test_bits_depend_on_the_image_alone(isa_level):
                 assert torch.equal(torch.cat([ops.chain_gradient(p, *s.net, c) for p, c in pieces]), gradient)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("precision", ["float32", "split", "float16"])
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_bits_depend_on_the_image_alone_on_cuda(name, precision):
+    s, t = near_pair()
+    x = images(s, 7)
+    kw = {"loss": "oracle_l2", "early_stop": True, "keep": "best", "eps": 0.01, "step_size": 0.004, "steps": 3}
+    cotangent = torch.randn(7, 1, 10, generator=generator())
+    with engine(name) as device:
+        kw |= {"device": device, "precision": precision}
+        net, whole = s.on(device), attack(x, s, t, **kw)
+        forward = ops.chain_forward(x.to(device), *net, [1, 3], precision=precision)
+        gradient = ops.chain_gradient(x.to(device), *net, cotangent.to(device), precision=precision)
+        for n in (1, 3):
+            parts = [attack(part, s, t, **kw) for part in x.split(n)]
+            for k in range(6):
+                assert torch.equal(torch.cat([p[k] for p in parts]), whole[k])
+            pieces = [ops.chain_forward(p.to(device), *net, [1, 3], precision=precision) for p in x.split(n)]
+            for k in range(2):
+                assert torch.equal(torch.cat([p[k] for p in pieces]), forward[k])
+            both = zip(x.to(device).split(n), cotangent.to(device).split(n), strict=True)
+            assert torch.equal(torch.cat([ops.chain_gradient(p, *net, c, precision=precision) for p, c in both]), gradient)
 
 
 def test_two_python_threads():
@@ -359,45 +420,46 @@ def test_many_images_in_little_memory():
     assert _native._C.cpu.chain_workspace(made.plan.data_ptr(), 2, 0, 0) < 100_000
 
 
-def test_no_images():
+def test_no_images(device):
     s, t = pair()
     x = images(s, 0)
-    got = attack(x, s, t, loss="oracle_l2", iterates=True)
+    got = attack(x, s, t, loss="oracle_l2", iterates=True, device=device)
     assert got.x.shape == (0, 3, 16, 16)
     assert got.iterates.shape == (6, 0, 3, 16, 16)
-    assert ops.chain_forward(x, *s.net, [3])[0].shape == (0, 10)
-    assert ops.chain_gradient(x, *s.net, torch.zeros(0, 1, 10)).shape == (0, 1, 3, 16, 16)
+    x, net = x.to(device), s.on(device)
+    assert ops.chain_forward(x, *net, [3])[0].shape == (0, 10)
+    assert ops.chain_gradient(x, *net, torch.zeros(0, 1, 10, device=device)).shape == (0, 1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_broken_parameters_are_counted(poison):
+def test_broken_parameters_are_counted(poison, device):
     s, t = pair()
     s.values[0][3] = poison
     x = images(s, 3)
-    got = attack(x, s, t, loss="oracle_l2", steps=2)
+    got = attack(x, s, t, loss="oracle_l2", steps=2, device=device)
     assert (got.bad > 0).all()
     assert ((got.x - x).abs() <= 8 / 255 + 1e-6).all()
     assert got.x.isfinite().all()
     assert got.loss.isnan().all()
 
 
-def test_nan_pixels_reach_the_logits():
+def test_nan_pixels_reach_the_logits(device):
     made = Builder((1, 8, 8)).add("max_pool", None, (2, 2), (2, 2)).add("conv", 3, (3, 3), activation="relu").add("linear", 2)
     x = images(made, 2)
     x[1, 0, 3, 3] = math.nan
-    (logits,) = ops.chain_forward(x, *made.net, [2])
+    (logits,) = ops.chain_forward(x.to(device), *made.on(device), [2])
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
 
 
-def test_tiny_cotangents_do_not_underflow():
+def test_tiny_cotangents_do_not_underflow(device):
     """A student so sure that its gradient is 1e-35 of its weights' size: the attack still finds its direction."""
     made = Builder((1, 6, 6)).add("conv", 4, (3, 3), activation="relu").add("linear", 2)
     made.values[2] *= 0  # a network with logits (80, 0) or so
     made.values[3] = torch.tensor([80.0, 0.0])
     made.values[2] += 1e-3 * torch.randn(made.values[2].shape, generator=generator())
     x = images(made, 4)
-    got = attack(x, made, None, torch.zeros(4, dtype=torch.int64), steps=1)
+    got = attack(x, made, None, torch.zeros(4, dtype=torch.int64), steps=1, device=device)
     # Of two classes: the gradient is that of s_1 - s_0, times what is left for class 1. (Autograd, even in float64, cancels.)
     direction = torch.tensor([-1.0, 1.0], dtype=torch.float64).expand(4, 1, 2)
     sign = reference.chain_gradient(x.double(), *made.exact, direction)[:, 0].sign()
@@ -407,13 +469,13 @@ def test_tiny_cotangents_do_not_underflow():
 
 
 @pytest.mark.parametrize("gap", [0.0, 20.0, 30.0, 40.0, 90.0, 715.0, 730.0])
-def test_confident_students(gap):
+def test_confident_students(gap, device):
     """The gradient of cross-entropy at logits (gap, 0): their difference, however small; 1 - softmax must not cancel."""
     made = Builder((2, 1, 1)).add("linear", 2)
     made.values[0], made.values[1] = torch.eye(2).flatten(), torch.tensor([gap, 0.0])
     x = torch.full((1, 2), 0.5)
     kw = {"norm": "l2", "eps": math.inf, "step_size": 1.0, "steps": 1, "lo": -math.inf, "hi": math.inf}
-    got = attack(x, made, None, torch.zeros(1, dtype=torch.int64), **kw)
+    got = attack(x, made, None, torch.zeros(1, dtype=torch.int64), device=device, **kw)
     assert got.bad.tolist() == [0]
     torch.testing.assert_close((got.x - x)[0], torch.tensor([-1.0, 1.0]) / 2**0.5, rtol=1e-5, atol=1e-5)
 
@@ -440,20 +502,20 @@ def test_plans_are_checked():
             ops.chain_gradient(x, plan, net[1], torch.zeros(1, 1, 10))
 
 
-def test_columns_that_mean_nothing_are_not_read():
+def test_columns_that_mean_nothing_are_not_read(device):
     made = Builder((9, 4, 4)).add("max_pool", None, (2, 2), (2, 2), activation="leaky_relu").add("linear", 2)
     plan = made.plan.clone()
     plan[0, FIELDS.index("bias")] = 0
     x = images(made, 3) - 0.5
     for layer in (0, 1):
-        (got,) = ops.chain_forward(x, plan, ops.chain_pack(plan, made.weights), [layer])
-        close(got, reference.chain_forward(x.double(), *made.exact, [layer])[0], 1e-5)
+        (got,) = ops.chain_forward(x.to(device), plan, ops.chain_pack(plan, made.weights.to(device)), [layer])
+        close(got.cpu(), reference.chain_forward(x.double(), *made.exact, [layer])[0], 1e-5)
 
 
-def test_no_parameters_at_all():
+def test_no_parameters_at_all(device):
     made = Builder((1, 4, 4)).add("max_pool", None, (2, 2), (2, 2))
-    x = images(made, 2)
-    net = made.plan, ops.chain_pack(made.plan, torch.empty(0))
+    x = images(made, 2).to(device)
+    net = made.plan, ops.chain_pack(made.plan, torch.empty(0, device=device))
     assert torch.equal(ops.chain_forward(x, *net, [0])[0], torch.nn.functional.max_pool2d(x, 2))
 
 

@@ -256,25 +256,29 @@ def attempt(chains: Chains, recipe: Recipe, batch: Batch, start: Tensor, judge: 
 
 
 def _as_precise_as_needed(chains: Chains, recipe: Recipe, batch: Batch, start: Tensor, judge: bool) -> ChainPGD:
-    """In float16; then what is said of the results in `split`; then the attack in `split` on the images that float16 is not enough for.
+    """In float16; then what is said of the results in `split`; then the attack again on the images that float16 is not enough for.
 
-    These are the ones whose student is `NEAR` its teacher, with gradients that overflow, or with a success that `split` does not confirm.
-    Each image decides for itself, so it does not matter what else is in the batch.
+    In `split`: those whose student is `NEAR` its teacher, or with a success that is not confirmed. In float32: those with values beyond
+    65504, float16's range, on the way. Each image decides for itself, so it does not matter what else is in the batch.
     """
     got = _pgd(chains, recipe, batch, start, judge, "float16")
-    x = got.x.reshape(start.shape)
-    again = (got.closeness < NEAR) | (got.bad > 0)
-    if judge or recipe.early_stop or recipe.keep == "best":
-        checked = _pgd(chains, dataclasses.replace(recipe, steps=0, early_stop=False), batch, x, True, "split")
-        again |= (got.adversarial & ~checked.adversarial) | checked.loss.isnan()
+    again, beyond_range = got.closeness < NEAR, got.bad > 0
+    looked = judge or recipe.early_stop or recipe.keep == "best"
+    if looked:
+        once = dataclasses.replace(recipe, steps=0, early_stop=False)
+        checked = _pgd(chains, once, batch, got.x.reshape(start.shape), True, "split")
+        again |= got.adversarial & ~checked.adversarial
+        beyond_range |= ~checked.loss.isfinite()
         got = got._replace(loss=checked.loss, adversarial=checked.adversarial, queries=got.queries + checked.queries)
-    rows = again.nonzero().squeeze(1)
-    if not len(rows):
-        return got
-    more = _pgd(chains, recipe, batch.only(rows), start[rows], judge, "split")
-    for name in ("x", "loss", "adversarial", "bad"):
-        getattr(got, name)[rows] = getattr(more, name).reshape(getattr(got, name)[rows].shape)
-    got.queries[rows] += more.queries
+    for precision in ("split", "float32"):
+        rows = (beyond_range if precision == "float32" else again & ~beyond_range).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        more = _pgd(chains, recipe, batch.only(rows), start[rows], judge, precision)
+        for name in ("x", "loss", "adversarial", "bad"):
+            getattr(got, name)[rows] = getattr(more, name)
+        got.queries[rows] += more.queries
+        beyond_range[rows] = (more.bad > 0) | (looked & ~more.loss.isfinite())
     return got
 
 

@@ -1,0 +1,34 @@
+// Compiled instances of the fused attack. They are spread over files of their own, since each takes long to compile.
+#pragma once
+#include "cuda/chain_fused.cuh"
+
+namespace tsr {
+namespace fused {
+
+struct Entry {
+  Shape teacher, student;  // teacher.depth 0: none
+  void (*run)(const Args&, unsigned blocks, void* stream);
+};
+struct Entries {
+  const Entry* first;
+  int count;
+  const Entry* begin() const { return first; }
+  const Entry* end() const { return first + count; }
+};
+Entries entries_of_4_layers();
+Entries entries_of_5_layers();
+#ifdef TSR_EMU
+Entries entries_for_tests();
+#endif
+
+template <class I>
+void run(const Args& args, unsigned blocks, void* stream) {
+  launch(chain_fused_kernel<I>, dim3(blocks), dim3(kThreads), size_t(I::kBytes), stream, args);
+}
+template <class Teacher, class Student>
+Entry entry() {
+  return {Teacher::kShape, Student::kShape, run<Instance<Teacher, Student>>};
+}
+
+}  // namespace fused
+}  // namespace tsr
