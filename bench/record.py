@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python bench/record.py --out bench/records/2026-01-31_cpu.json
 
 On a machine that others use too, --benchmark-timer=time.process_time counts this process's own time (CPU only).
-The file holds no paths and no host name. `bench/gpu_check.sh` calls this with the outcome of its other steps (--steps).
+The file holds no paths and no host name. `bench/gpu_check.sh` calls this for one of its parts, and with --about.
 """
 
 from __future__ import annotations
@@ -107,7 +107,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further arguments go to pytest")
     parser.add_argument("--out", type=Path, help="default: bench/records/<date>_<gpu or cpu>.json")
     parser.add_argument("--steps", type=Path, help="lines 'name<tab>outcome' of other checks, to be recorded")
+    parser.add_argument("--about", action="store_true", help="measure nothing: print machine and software as JSON")
     known, rest = parser.parse_known_args()
+    if known.about:
+        print(json.dumps({"machine": machine(), "software": software()}))
+        return 0
     measured, passed = run_benchmarks(rest)
     steps = dict(line.split("\t", 1) for line in known.steps.read_text().splitlines()) if known.steps else {}
     about = machine()
