@@ -251,7 +251,8 @@ TSR_DEVICE void mma_tf32_k8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
     for (int i = 0; i < 4; ++i) {
       const int lower = i >= 2 ? 1 : 0;  // rows g + 8 are in a1 and a3
       float sum = 0;
-      for (int k = 0; k < 8; ++k) sum += of(g * 4 + k % 4).a[lower + k / 4 * 2] * of((2 * t + i % 2) * 4 + k % 4).b[k / 4];
+      for (int k = 0; k < 8; ++k)
+        sum += of(g * 4 + k % 4).a[lower + k / 4 * 2] * of((2 * t + i % 2) * 4 + k % 4).b[k / 4];
       d[i] += sum;
     }
     return &mine;

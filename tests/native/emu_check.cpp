@@ -260,8 +260,13 @@ void all(const std::string& level) {
       int64_t n, cs, ct, positions;
     };
     // The last but one has more tiles than the GPU has chunks: a block then takes several tiles.
-    for (const Shape& s :
-         {Shape{1, 1, 1, 1}, {7, 3, 34, 1}, {3, 5, 2, 35}, {2, 17, 33, 67}, {3, 2, 3, 5633}, {0, 2, 3, 4}}) {
+    for (const Shape& s : {Shape{1, 1, 1, 1},
+                           {7, 3, 34, 1},
+                           {3, 5, 2, 35},
+                           {2, 17, 33, 67},
+                           {3, 2, 3, 5633},
+                           {2, 33, 17, 6},
+                           {0, 2, 3, 4}}) {
       at("channel_correlation", name, {s.n, s.cs, s.ct, s.positions});
       channel_correlation<T>(dtype, s.n, s.cs, s.ct, s.positions, Layout::nchw, Layout::nchw);
       channel_correlation<T>(dtype, s.n, s.cs, s.ct, s.positions, Layout::channels_last, Layout::nchw);

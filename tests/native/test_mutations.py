@@ -56,7 +56,22 @@ FAULTS = {
     ),
     "rows overwritten while read": Fault("channel_correlation.cu", "__syncthreads();  // sums are there", "// sums are there"),
     "unguarded channel": Fault("channel_correlation.cu", "if (k < cs && col < ct)", "if (k < cs)"),
-    "student's shift for the teacher": Fault("channel_correlation.cu", "shift + kK, rows", "shift, rows"),
+    "student's shift for the teacher": Fault("channel_correlation.cu", "first_j, shift + kEdge,", "first_j, shift,"),
+    "a piece read before it has come": Fault(
+        "channel_correlation.cu",
+        "copy_async_wait<kDepth - 1>();\n      __syncwarp()",
+        "copy_async_wait<kDepth>();\n      __syncwarp()",
+    ),
+    "halves of a fragment in the wrong order": Fault(
+        "channel_correlation.cu",
+        "hi[i][half] = x.hi[0], hi[i][half + 2] = x.hi[1]",
+        "hi[i][2 * half] = x.hi[0], hi[i][2 * half + 1] = x.hi[1]",
+    ),
+    "unguarded product": Fault("channel_correlation.cu", "row < rows_m && column < rows_n", "row < rows_m"),
+    "the lower half of one factor forgotten": Fault("channel_correlation.cu", "multiply(T{}, d, hi[i], y.lo);", ""),
+    "student and teacher swapped back the wrong way": Fault(
+        "channel_correlation.cu", "a.swapped ? cross_at(n, m,", "a.swapped ? cross_at(m, n,"
+    ),
     "counter of the wrong image": Fault("philox_uniform.cu", "a.index[i]", "a.index[0]"),
     "last block unguarded": Fault("philox_uniform.cu", "if (j + k < a.d) a.out", "a.out"),
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +96,46 @@ def test_any_layout_is_read_in_place(layouts, device):
         torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("cs", "ct"), [(20, 22), (35, 32), (32, 35), (50, 45), (64, 64), (1, 49), (257, 100)])
+def test_any_number_of_channels(cs, ct, dtype, device):
+    """Blocks of the GPU's kernel have 32 x 32, 32 x 40, 48 x 56 or 64 x 64 channels, either network's in the rows."""
+    student, teacher = activations((5, 4, 4), cs, ct, dtype=dtype, device=device)
+    assert_exact(channel_correlation(student, teacher), student, teacher)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("offset", [0, 1, 2, 4])
+def test_any_alignment_is_read_in_place(offset, dtype, device):
+    """Rows of 16, 36 and 9 positions, from any value on: what can be copied in 16, 8, 4 bytes or value by value."""
+    for h, w in [(4, 4), (6, 6), (3, 3)]:
+        student, teacher = activations((3, h, w), 5, 6, dtype=dtype, device=device)
+        expected = channel_correlation(student, teacher)
+        moved = student.new_full((offset + student.numel(),), torch.nan)[offset:].view(student.shape).copy_(student)
+        for g, e in zip(channel_correlation(moved, teacher), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("far", ["images", "channels", "positions"])
+def test_offsets_beyond_2_to_the_31(far, dtype, device):
+    """Few values, far apart, in memory of which the rest is never touched."""
+    student, teacher = activations((2, 1, 9), 3, 2, dtype=dtype, device=device)
+    steps = {"images": (2**31 + 64, 16, 1), "channels": (16, 2**31 + 64, 1), "positions": (4, 1, 2**28 + 8)}[far]
+    size = 1 + sum(s * (n - 1) for s, n in zip(steps, (2, 3, 9), strict=True))
+    if device.type == "cuda":
+        if torch.cuda.mem_get_info()[0] < 2 * size * dtype.itemsize:
+            pytest.skip("needs more memory")
+        memory = torch.empty(size, dtype=dtype, device=device)
+    else:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for
+        memory = torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize, flags=flags), dtype=dtype)
+    image, channel, position = steps
+    spread = memory.as_strided(student.shape, (image, channel, position, position)).copy_(student)
+    for g, e in zip(channel_correlation(spread, teacher), channel_correlation(student, teacher), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-5)  # the CPU twin adds up in another order
+
+
 def test_flat_activations_are_maps_of_one_position(device):
     student, teacher = activations((70,), 6, 3, device=device)
     flat = channel_correlation(student, teacher)
@@ -163,13 +205,14 @@ def test_chunks_of_several_tiles(seed, device):
     assert_exact(channel_correlation(s, t), student, teacher)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
-def test_emulated_in_any_order(order, device, monkeypatch):
+def test_emulated_in_any_order(order, dtype, device, monkeypatch):
     if _native.emulator is None:
         pytest.skip("the order of threads can be chosen in the emulator only")
     monkeypatch.setenv("EMU_ORDER", order)
     for layout in (torch.contiguous_format, torch.channels_last):
-        student, teacher = (x.to(memory_format=layout) for x in activations((3, 11, 13), 33, 20))
+        student, teacher = (x.to(memory_format=layout) for x in activations((3, 11, 13), 33, 20, dtype=dtype))
         assert_exact(channel_correlation(student, teacher), student, teacher)
 
 
