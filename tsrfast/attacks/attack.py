@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tsrfast._modes import evaluating
-from tsrfast.attacks import eager, native
-from tsrfast.attacks.loop import Attempt, Best, Recipe, own_copy, run_loop, undisturbed
+from tsrfast.attacks import eager, graph, native, steps
+from tsrfast.attacks.loop import Attempt, Best, Engine, Recipe, own_copy, run_loop, undisturbed
 from tsrfast.attacks.losses import Loss
 from tsrfast.attacks.native import Route
 from tsrfast.attacks.threat import Threat
@@ -31,7 +32,8 @@ class AttackResult:
         steps: gradient steps asked for, restarts included: the most that an image takes.
         queries: int64 ``[N]``, forward passes each image took.
         bad_gradients: int64 ``[N]``, gradient entries without a direction (NaN) over all steps: not 0 means a broken model.
-        path: which code ran: ``chain`` or ``eager`` (see `Route`).
+        path: which code ran: ``chain``, ``graph`` or ``eager`` (see `Route`).
+        reason: why that code.
     """
 
     x_adv: Tensor
@@ -41,6 +43,7 @@ class AttackResult:
     queries: Tensor
     bad_gradients: Tensor
     path: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +137,9 @@ class Attack:
     def plan(self, model: nn.Module | Chain, x: Tensor | None = None) -> Route:
         """Which code a call would take, and why.
 
-        Native code (``chain``) runs float32 on the CPU, for tsrfast's own losses and for networks that `tsrfast.compile` can compile;
-        everything else runs in PyTorch (``eager``).
+        Native code (``chain``) takes float32 images on cpu or cuda, for tsrfast's own losses and for networks that `tsrfast.compile` can compile;
+        everything else runs in PyTorch: on a GPU as a step that is recorded and replayed (``graph``; whether it can be recorded only
+        trying tells: `AttackResult.reason` says what came of it), else step by step (``eager``).
 
         Args:
             model: as for a call.
@@ -150,6 +154,8 @@ class Attack:
 
     def _run(self, model: nn.Module | Chain, x: Tensor, y: Tensor | None, index: Tensor | None, judge: bool) -> AttackResult:
         terms = self._terms()
+        if isinstance(x, Tensor):
+            graph.check_not_recording(x.device)
         terms.threat.check_images(x)
         sizes = dict(terms.sizes)
         if terms.loss is not None:
@@ -175,8 +181,10 @@ class Attack:
             else:
                 none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
                 got = Attempt(Best.unjudged(own_copy(x)), none, none.clone())
+        if got.ungraphed is not None:
+            route = Route("eager", got.ungraphed)
         best = got.best
-        return AttackResult(best.x, best.adversarial, best.loss, terms.steps, got.queries, got.bad, route.path)
+        return AttackResult(best.x, best.adversarial, best.loss, terms.steps, got.queries, got.bad, route.path, route.reason)
 
 
 class LoopAttack(Attack):
@@ -187,33 +195,112 @@ class LoopAttack(Attack):
 
     def _terms(self) -> Terms:
         r = self._recipe()
-        return Terms(r.threat, r.loss, r.targeted, r.steps * r.restarts, r.engine, {"step_size": r.step_size})
+        # To those who run its recipe in a way of their own, a graph is PyTorch.
+        engine = "eager" if r.engine == "graph" else r.engine
+        return Terms(r.threat, r.loss, r.targeted, r.steps * r.restarts, engine, {"step_size": r.step_size})
 
     def _method(self, model: nn.Module | Chain, x: Tensor | None) -> tuple[Route, Method]:
         recipe = self._recipe()
-        beyond = native.beyond(recipe)
-        if beyond is not None:
+        _check_options(recipe, x)
+        insists = _insists(recipe)
+        if insists is not None:
+            route = _pytorch_only(recipe, model, x, insists)
+        elif (beyond := native.beyond(recipe)) is not None:
             route, in_python = super()._method(model, x)
             if route.path == "chain":
-                route = Route("chain", f"{route.reason}, under the loop in Python: {beyond}")
-            return route, in_python
-        route, chains = native.choose(recipe, model, x)
-        if chains is not None:
-            return route, partial(native.run, chains, recipe)
-        engine = partial(eager.attempt, model, recipe)
+                return Route("chain", f"{route.reason}, under the loop in Python: {beyond}"), in_python
+            own = any(isinstance(m, Chain) for m in (model, *recipe.loss.models()))
+            if own or x is None or (x.device.type == "cpu" and graph.against(recipe, x) is not None):
+                return route, in_python  # on networks that are compiled as far as they can be
+        else:
+            route, chains = native.choose(recipe, model, x)
+            if chains is not None:
+                return route, partial(native.run, chains, recipe)
+        assert isinstance(model, nn.Module)
+        return self._in_pytorch(recipe, model, x, route)
+
+    def _in_pytorch(self, recipe: Recipe, model: nn.Module, x: Tensor | None, route: Route) -> tuple[Route, Method]:
+        """The route and method of a call that nothing speaks against running on modules; `route`: eager, and why."""
+        engine: Engine = partial(eager.attempt, model, recipe)
+        if x is not None and x.device.type != "cpu" and recipe.early_stop and recipe.on_step is None:
+            engine = partial(steps.attempt, model, recipe)
+        if recipe.engine != "eager":
+            against = graph.against(recipe, x)
+            if against is None:
+                route, engine = Route("graph", _GRAPH), partial(graph.graphs_of(self).attempt, model, recipe)
+            elif recipe.engine == "graph":
+                raise InputError(f"tsrfast.attacks: engine must be 'auto' or 'eager' for this call, got 'graph': {against}")
+            elif x is not None and x.device.type != "cpu":
+                route = Route("eager", f"{route.reason}; no graph: {against}")
 
         def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
-            with evaluating(*(m for m in (model, *recipe.loss.models()) if isinstance(m, nn.Module))):
-                return run_loop(engine, recipe, own_copy(x), y, index, judge)
+            with evaluating(*(m for m in (model, *recipe.loss.models()) if isinstance(m, nn.Module))), _memory(self):
+                x0 = shown = own_copy(x)
+                if recipe.memory_format is not None:
+                    shown = x0.contiguous(memory_format=recipe.memory_format)
+                got = run_loop(engine, recipe, shown, y, index, judge)
+                got.best.x = eager.as_dense(got.best.x, x0)
+                return got
 
         return route, method
 
     def _attack(self, network: nn.Module, x0: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
         recipe = self._recipe()
-        teachers = [native.callable_network(m, x0, recipe.engine, who="teacher")[0] for m in recipe.loss.models()]
+        which = self._terms().engine
+        teachers = [native.callable_network(m, x0, which, who="teacher")[0] for m in recipe.loss.models()]
         recipe = dataclasses.replace(recipe, loss=recipe.loss.with_models(*teachers))
         with evaluating(*(m for m in recipe.loss.models() if isinstance(m, nn.Module))):
             return run_loop(partial(eager.attempt, network, recipe), recipe, x0, y, index, judge)
+
+
+_GRAPH = "a step is recorded once and replayed"
+
+
+def _insists(recipe: Recipe) -> str | None:
+    """Why native code is out of the question, whatever the networks are; None: it is not."""
+    if recipe.engine == "graph":
+        return "engine='graph' asks for PyTorch"
+    asked = [name for name in ("memory_format", "autocast") if getattr(recipe, name) is not None]
+    if not asked:
+        return None
+    return f"{' and '.join(asked)} {'asks' if len(asked) == 1 else 'ask'} for PyTorch"
+
+
+def _pytorch_only(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None, why: str) -> Route:
+    """The eager route of networks that are modules.
+
+    Raises:
+        InputError: they are not, or ``engine="chain"``.
+    """
+    if recipe.engine == "chain":
+        raise InputError(f"tsrfast.attacks: engine must be 'auto', 'graph' or 'eager' for this call, got 'chain': {why}")
+    for who, network in zip(native.NETWORKS, (model, *recipe.loss.models()), strict=False):
+        if isinstance(network, Chain):
+            raise InputError(f"tsrfast.attacks: {who} must be an nn.Module for this call, got a Chain: {why}")
+    native.choose(dataclasses.replace(recipe, engine="eager"), model, x)  # networks and devices are checked there
+    return Route("eager", "engine='eager' asks for it" if recipe.engine == "eager" else why)
+
+
+def _check_options(recipe: Recipe, x: Tensor | None) -> None:
+    if x is None:
+        return
+    if recipe.memory_format is torch.channels_last and x.ndim != 4:
+        raise InputError(f"tsrfast.attacks: x must be images [N, C, H, W] for channels_last, got shape {tuple(x.shape)}")
+    if recipe.autocast is not None and x.dtype != torch.float32:
+        raise InputError(f"tsrfast.attacks: x must be float32 for autocast, got {x.dtype}")
+
+
+@contextmanager
+def _memory(attack: Attack) -> Iterator[None]:
+    """If memory runs out inside the block, the attack's recordings are given up, and the error says what else helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        graph.graphs_of(attack).drop()
+        raise torch.OutOfMemoryError(
+            f"{e}\ntsrfast.attacks: memory ran out; cut the batch (results do not depend on it: pass index=), or take "
+            "autocast=torch.float16 or engine='eager'"
+        ) from e
 
 
 def _check_integers(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:

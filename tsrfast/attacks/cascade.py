@@ -70,7 +70,8 @@ class Stage:
         distance: float64 ``[N]``, how far the fallen were moved, in the norm of the attack; NaN for the others.
         refuted: images that the attack says are adversarial and that are not: the model answers `y`, or they lie outside of ball or box.
         bad_gradients: gradient entries without a direction (NaN).
-        path: which code ran, ``chain`` or ``eager``; empty if no image was attacked.
+        path: which code ran, ``chain``, or ``eager`` where PyTorch ran for some (steps that were replayed as a graph included); empty if no
+            image was attacked.
     """
 
     name: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -137,8 +138,13 @@ class Smoothing:
         if g.ndim != 4:
             raise InputError(f"tsrfast.attacks: x must be images [N, C, H, W] for Smoothing, got shape {tuple(g.shape)}")
         channels = g.shape[1]
-        kernel = self.weights().to(g).expand(channels, 1, -1, -1)
+        kernel = _smoothing_kernel(self, g.device, g.dtype).expand(channels, 1, -1, -1)
         return F.conv2d(g, kernel, padding="same", groups=channels)
+
+
+@lru_cache(maxsize=32)
+def _smoothing_kernel(smoothing: Smoothing, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return smoothing.weights().to(device, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +180,10 @@ class Direction:
     def view(self, x: Tensor, velocity: Tensor, step_size: float | Tensor, targeted: bool, draw: Draw) -> Tensor:
         """What the model is shown, differentiable with respect to x."""
         if self.nesterov:
-            scale = torch.as_tensor((-1 if targeted else 1) * self.decay * step_size, dtype=velocity.dtype, device=x.device)
-            x = x + (scale.reshape(-1, *[1] * (x.ndim - 1)) * velocity).to(x.dtype)
+            scale = (-1 if targeted else 1) * self.decay * step_size
+            if isinstance(scale, Tensor):  # a plain number stays one: nothing then goes from host to device at each step
+                scale = scale.to(x.device, velocity.dtype).reshape(-1, *[1] * (x.ndim - 1))
+            x = x + (scale * velocity).to(x.dtype)
         return x if self.diversity is None else self.diversity(x, draw)
 
     def next(self, velocity: Tensor, gradient: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Evaluation:
     loss: Tensor
     answer: Tensor
     targeted: bool
+    rescale: bool = False
 
     @property
     def adversarial(self) -> Tensor:
@@ -42,11 +43,32 @@ class Evaluation:
             raise InputError(
                 "tsrfast.attacks: model must be differentiable, but its loss has no gradient (detached, or no_grad inside?)"
             )
+        scale = self._scale() if self.rescale else None
         # The sum: an image's gradient must not depend on its batch. allow_unused: a loss may ignore x (a constant model).
-        g = torch.autograd.grad(self.loss.sum(), self.x, allow_unused=True)[0]
+        total = self.loss.sum() if scale is None else (self.loss * scale).sum()
+        g = torch.autograd.grad(total, self.x, allow_unused=True)[0]
         if g is None:
             return torch.zeros_like(self.x)
+        if scale is not None:
+            g = g / scale.reshape(-1, *[1] * (g.ndim - 1))
         return as_dense(g, self.x)
+
+    def _scale(self) -> Tensor:
+        """``[N]`` powers of two that bring each image's largest cotangent of the logits to between 32 and 64.
+
+        float16 loses what is below 6e-8, and the gradient of a confident image is. Powers of two, so that nothing else is rounded.
+        """
+        one = torch.ones_like(self.loss)
+        if not self.logits.requires_grad:  # the loss gets its gradient from elsewhere
+            return one
+        d = torch.autograd.grad(self.loss.sum(), self.logits, retain_graph=True, allow_unused=True)[0]
+        if d is None:
+            return one
+        most = d.abs().amax(1)
+        usable = most.isfinite() & (most > 0)
+        exponent = torch.frexp(torch.where(usable, most, one)).exponent
+        # 2^120: not much further, the scale itself would not be a float32.
+        return torch.where(usable, torch.ldexp(one, (6 - exponent).clamp(-120, 120)), one)
 
     def only(self, rows: Tensor) -> Evaluation:
         """The images at these positions, without graph."""
@@ -62,7 +84,7 @@ def attempt(
     bad = torch.zeros(len(start), dtype=torch.int64, device=start.device)
     queries = torch.zeros_like(bad)
     x = start.clone()
-    direction, watched = recipe.direction, recipe.early_stop or recipe.keep == "best" or recipe.on_step is not None
+    direction = recipe.direction
     velocity = None if direction is None else direction.start(x)
     rows: Tensor | None = None  # positions in `start` of the images that still stand; None: all
     for step in range(recipe.steps + 1):
@@ -70,9 +92,8 @@ def attempt(
         if final and not judge:
             return Attempt(Best.unjudged(x), bad, queries)
         number = restart * recipe.steps + step
-        view = None if final else _view(recipe, batch, velocity, number)
-        # Where the gradient is taken elsewhere, the iterate itself is evaluated only if somebody asks about it.
-        twice = view is not None and watched
+        view = None if final else view_of(recipe, batch.index, batch.step_size, velocity, number)
+        twice = asks_twice(recipe, view)
         shown = None if twice else view
         at = _look(model, recipe, batch, x, gradient=not (final or twice), first=step == 0, view=shown)
         _add(queries, 1, rows)
@@ -94,7 +115,7 @@ def attempt(
             g, velocity = (None if t is None else select(t, standing) for t in (g, velocity))
             rows = standing if rows is None else rows[standing]
         if g is None:
-            view = _view(recipe, batch, velocity, number)
+            view = view_of(recipe, batch.index, batch.step_size, velocity, number)
             g = _look(model, recipe, batch, x, gradient=True, first=step == 0, view=view).gradient()
             _add(queries, 1, rows)
         if recipe.on_step is not None:
@@ -125,23 +146,69 @@ def _look(
     first: bool,
     view: Callable[[Tensor], Tensor] | None,
 ) -> Evaluation:
-    loss = recipe.loss.only(batch.rows)
-    return evaluate(model, loss, recipe.targeted, x, batch.y, gradient=gradient, first=first, view=view)
+    return look(model, recipe, recipe.loss.only(batch.rows), x, batch.y, gradient=gradient, first=first, view=view)
 
 
-def _view(recipe: Recipe, batch: Batch, velocity: Tensor | None, number: int) -> Callable[[Tensor], Tensor] | None:
+def look(
+    model: Callable[[Tensor], Tensor],
+    recipe: Recipe,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    gradient: bool,
+    first: bool,
+    view: Callable[[Tensor], Tensor] | None,
+) -> Evaluation:
+    """`evaluate` as the recipe wants it: gradients, and nothing else, in the precision that it asks for."""
+    low = recipe.autocast if gradient else None
+    if low is not None:
+        model, loss = Lowered(model, low), loss.with_models(*(Lowered(m, low) for m in loss.models()))
+    return evaluate(model, loss, recipe.targeted, x, y, gradient=gradient, first=first, view=view, rescale=low is not None)
+
+
+class Lowered(nn.Module):
+    """A network under autocast, whose logits come back in the dtype of the images, so that the loss is not computed in fewer bits."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        # No cache: what it holds would be baked into a graph, and stay when the weights change.
+        with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            logits = self.network(x)
+        return logits.to(x.dtype) if isinstance(logits, Tensor) else logits
+
+
+def asks_twice(recipe: Recipe, view: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether a step evaluates the iterate and, apart from it, the gradient.
+
+    Where the gradient is taken elsewhere or in another precision, the iterate itself is evaluated only if somebody asks about it.
+    """
+    return recipe.watched and (view is not None or recipe.autocast is not None)
+
+
+def view_of(
+    recipe: Recipe, index: Tensor, step_size: float | Tensor, velocity: Tensor | None, number: int
+) -> Callable[[Tensor], Tensor] | None:
     """What the model is shown at a step, from x; None: x."""
     direction = recipe.direction
     if direction is None or velocity is None or not direction.elsewhere:
         return None
-    draw = Draw(direction.seed, batch.index, number)
-    return partial(direction.view, velocity=velocity, step_size=batch.step_size, targeted=recipe.targeted, draw=draw)
+    draw = Draw(direction.seed, index, number)
+    return partial(direction.view, velocity=velocity, step_size=step_size, targeted=recipe.targeted, draw=draw)
 
 
 def finite(g: Tensor) -> tuple[Tensor, Tensor]:
     """`g` with 0 for NaN and infinities, and their number, int64 ``[n]``."""
-    if g.sum().isfinite():  # one pass, and usual
+    if not g.is_cuda and g.sum().isfinite():  # one pass, and usual; a GPU would be waited for
         return g, torch.zeros(len(g), dtype=torch.int64, device=g.device)
+    return masked(g)
+
+
+def masked(g: Tensor) -> tuple[Tensor, Tensor]:
+    """`finite`, without looking at a value: nothing waits for a GPU."""
     lost = ~g.isfinite()
     return g.masked_fill(lost, 0.0), lost.flatten(1).sum(1)
 
@@ -176,10 +243,12 @@ def evaluate(
     gradient: bool,
     first: bool,
     view: Callable[[Tensor], Tensor] | None = None,
+    rescale: bool = False,
 ) -> Evaluation:
     """The model and the loss at `x`; `gradient`: it will be asked for; `first`: logits and labels are to be checked.
 
-    `view`: what model and loss are shown instead of x; the gradient is still that with respect to x.
+    `view`: what model and loss are shown instead of x; the gradient is still that with respect to x. `rescale`: the backward pass is in few
+    bits, and must not underflow.
     """
     # An alias that can carry a gradient: x itself is stepped in place afterwards.
     leaf = x.detach().requires_grad_(gradient)
@@ -189,7 +258,7 @@ def evaluate(
         try:
             logits = model(shown)
         except RuntimeError as e:
-            if first:
+            if first and not isinstance(e, torch.OutOfMemoryError):
                 _check_dtype(model, shown, e)
             raise
         if shown._version != version:
@@ -198,4 +267,4 @@ def evaluate(
             check_logits(logits, x)
             for name, labels in {"y": y, **loss.per_image()}.items():
                 check_labels(labels, logits.shape[1], name)
-        return Evaluation(leaf, logits, *loss(shown, logits, y), targeted)
+        return Evaluation(leaf, logits, *loss(shown, logits, y), targeted, rescale)

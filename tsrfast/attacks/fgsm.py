@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tsrfast.attacks.attack import LoopAttack
@@ -17,7 +18,7 @@ class FGSM(LoopAttack):
     """One gradient step. ``step_size=None`` takes the whole radius.
 
     Args:
-        norm, eps, loss, targeted, lo, hi, engine: as in `PGD`.
+        norm, eps, loss, targeted, lo, hi, engine, memory_format, autocast: as in `PGD`.
         step_size: a shorter step than eps (the paper's FGSM row may be one step of 0.01), in pixel units.
 
     Raises:
@@ -32,6 +33,8 @@ class FGSM(LoopAttack):
     lo: float = 0.0
     hi: float = 1.0
     engine: str = "auto"
+    memory_format: torch.memory_format | None = None
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self._recipe()
@@ -41,4 +44,5 @@ class FGSM(LoopAttack):
         return PGD(
             norm=self.norm, eps=self.eps, step_size=step_size, steps=1, loss=self.loss, random_start=False,
             targeted=self.targeted, lo=self.lo, hi=self.hi, engine=self.engine,
+            memory_format=self.memory_format, autocast=self.autocast,
         )._recipe()  # fmt: skip

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsrfast.attacks.direction import Direction
 from tsrfast.attacks.losses import Loss
@@ -51,6 +51,14 @@ class Recipe:
     on_step: Callable[[StepState], None] | None
     engine: str
     direction: Direction | None = None  # None: the gradient at the iterate
+    memory_format: torch.memory_format | None = None  # of what the networks are shown; None: that of the images
+    autocast: torch.dtype | None = None  # of gradients; verdicts and losses are the networks' own
+    precision: str = "auto"  # of native code on CUDA
+
+    @property
+    def watched(self) -> bool:
+        """Whether iterates themselves are asked about, besides the gradient."""
+        return self.early_stop or self.keep == "best" or self.on_step is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +118,14 @@ class Best:
 
     def offer(self, other: Best, targeted: bool, rows: Tensor | None = None) -> None:
         """Take the candidates that are better; `rows` says which images they belong to (None: all)."""
+        self.take(self.surpassed(other, targeted, rows), other, rows)
+
+    def surpassed(self, other: Best, targeted: bool, rows: Tensor | None = None) -> Tensor:
+        """bool ``[n]``, which of the candidates are better; `rows` as in `offer`."""
         loss, adversarial = (self.loss, self.adversarial) if rows is None else (self.loss[rows], self.adversarial[rows])
         score = (-other.loss if targeted else other.loss).nan_to_num(nan=-torch.inf)
         held = (-loss if targeted else loss).nan_to_num(nan=-torch.inf)
-        self.take((other.adversarial & ~adversarial) | ((other.adversarial == adversarial) & (score > held)), other, rows)
+        return (other.adversarial & ~adversarial) | ((other.adversarial == adversarial) & (score > held))
 
     def take(self, chosen: Tensor, other: Best, rows: Tensor | None = None) -> None:
         """Take the `chosen` (bool ``[n]``) candidates, whatever is held; `rows` as in `offer`."""
@@ -129,11 +141,15 @@ class Best:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """What one start led to: the chosen images, int64 ``[n]`` NaN gradient entries, int64 ``[n]`` forward passes."""
+    """What one start led to: the chosen images, int64 ``[n]`` NaN gradient entries, int64 ``[n]`` forward passes.
+
+    `ungraphed`: why a step was not replayed as a graph, where that was to be tried; None: it was, or was not to be.
+    """
 
     best: Best
     bad: Tensor
     queries: Tensor
+    ungraphed: str | None = None
 
 
 # An attempt on a batch from its starts: (batch, start, judge, number of the restart); `judge`: loss and success are wanted.
@@ -151,6 +167,19 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], device)
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Parameters that need no gradient inside the block; afterwards those that did need it again."""
+    needed = [p for model in models for p in model.parameters() if p.requires_grad and p.is_leaf]
+    try:
+        for p in needed:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in needed:
+            p.requires_grad_(True)
 
 
 def check_labels(y: Tensor | None, classes: int, name: str = "y") -> None:

@@ -36,8 +36,8 @@ class Route:
     """The code that a call takes, and why.
 
     Attributes:
-        path: ``chain`` (networks compiled by `tsrfast.compile`, the loop of steps in native code) or ``eager`` (PyTorch forward and
-            backward, fused step).
+        path: ``chain`` (networks compiled by `tsrfast.compile`, the loop of steps in native code), ``graph`` (a step of PyTorch and the
+            fused update, recorded as a CUDA graph and replayed) or ``eager`` (PyTorch forward and backward, fused update).
         reason: one sentence.
     """
 

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tsrfast.attacks.attack import LoopAttack
 from tsrfast.attacks.direction import Direction
+from tsrfast.attacks.graph import check_engine
 from tsrfast.attacks.loop import Recipe, StepState
 from tsrfast.attacks.losses import Loss, resolve
-from tsrfast.attacks.native import check_engine, check_precision
+from tsrfast.attacks.native import check_precision
 from tsrfast.attacks.threat import Threat, check_count, check_radius
 from tsrfast.errors import InputError, unknown
 
@@ -40,8 +42,16 @@ class PGD(LoopAttack):
         precision: of native code on CUDA: ``float16``, ``split`` (two float16 an operand, about 22 bits), ``float32``, or ``auto``:
             float16, and split for those images that need it (see `tsrfast.attacks.native.NEAR`). Elsewhere ``auto`` and ``float32``
             are the same.
-        engine: ``auto`` takes native code where it can (`plan` says whether and why); ``eager`` always PyTorch; ``chain`` native code,
-            or an error that says why not.
+        engine: ``auto`` takes native code where it can (`plan` says whether and why), and on a GPU records a step of what runs in PyTorch
+            as a CUDA graph and replays it; ``eager`` always PyTorch, launched step by step; ``chain`` native code, ``graph`` a graph, or
+            an error that says why not. Graphs serve later batches too, smaller ones filled up, while the model's parameters stay where they
+            are (their values may change). An attack keeps eight at most, in memory of their own, until it or the model is deleted.
+        memory_format: ``torch.channels_last``: the networks are shown images in that format; their weights stay as they are. None: in
+            the format of `x`.
+        autocast: ``torch.float16`` or ``torch.bfloat16``: gradients are taken under `torch.autocast`, of a loss in float32 (float16:
+            scaled image by image against underflow; what overflows is counted in `bad_gradients`). Verdicts and losses are still those
+            of the model as it is: `keep="best"`, `early_stop` and `on_step` take one more forward pass a step. None: as the model is.
+            Both are for modules, and not for native code.
 
     Raises:
         InputError: a value that is not allowed.
@@ -64,6 +74,8 @@ class PGD(LoopAttack):
     engine: str = "auto"
     momentum: float = 0.0
     precision: str = "auto"
+    memory_format: torch.memory_format | None = None
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self._recipe()
@@ -79,6 +91,12 @@ class PGD(LoopAttack):
         check_precision(self.precision)
         if not 0 <= self.momentum < math.inf:
             raise InputError(f"tsrfast.attacks: momentum must be >= 0 and finite, got {self.momentum}")
+        for name, value, allowed in (
+            ("memory_format", self.memory_format, (None, torch.channels_last, torch.contiguous_format)),
+            ("autocast", self.autocast, (None, torch.float16, torch.bfloat16)),
+        ):
+            if value not in allowed:
+                raise InputError(f"tsrfast.attacks: {name} must be {', '.join(map(str, allowed[1:]))} or None, got {value!r}")
         return Recipe(
             threat,
             resolve(self.loss),
@@ -93,5 +111,7 @@ class PGD(LoopAttack):
             self.on_step,
             self.engine,
             Direction(self.momentum) if self.momentum else None,
-            precision=self.precision,
+            self.memory_format,
+            self.autocast,
+            self.precision,
         )

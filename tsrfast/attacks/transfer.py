@@ -83,12 +83,14 @@ class Transfer(Attack):
         def method(x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
             made = make(x, y, index, False)
             if not judge:
-                return Attempt(Best.unjudged(made.best.x), made.bad, torch.zeros_like(index))
-            return Attempt(self._judge(model, made.best.x, y), made.bad, torch.ones_like(index))
+                return Attempt(Best.unjudged(made.best.x), made.bad, torch.zeros_like(index), made.ungraphed)
+            return Attempt(self._judge(model, made.best.x, y), made.bad, torch.ones_like(index), made.ungraphed)
 
         return route, method
 
     def _on_several(self, surrogates: tuple[nn.Module | Chain, ...], x: Tensor | None) -> tuple[Route, Method]:
+        if getattr(self.attack, "engine", None) == "graph":
+            raise InputError("tsrfast.attacks: engine must not be 'graph' for several surrogates, got 'graph'")
         terms = self._terms()
         pairs = [callable_network(s, x, terms.engine, who=f"surrogates[{i}]") for i, s in enumerate(surrogates)]
         networks, routes = zip(*pairs, strict=True)

@@ -99,9 +99,10 @@ def channel_correlation(student: Tensor, teacher: Tensor) -> CorrelationState:
 
     Returns:
         The batch's moments over its n = N H W samples. Products are float32 within tiles of some hundred samples (on CUDA: of
-        some thousand, those of 16-bit activations with 16 significant bits; float64 for float64 activations), taken relative to a value near the tile's mean, and summed in float64: a mean
-        of thousands of standard deviations does no harm. A value that is not finite (or whose square is not, in
-        float32) makes its channel's moments NaN or infinite. The result does not depend on the number of threads.
+        some thousand, and with 16 significant bits where activations have 16 bits; float64 for float64 activations), taken
+        relative to a value near the tile's mean, and summed in float64: a mean of thousands of standard deviations does no
+        harm. A value that is not finite (or whose square is not, in float32) makes its channel's moments NaN or infinite. The
+        result does not depend on the number of threads.
 
     Raises:
         InputError: wrong number of dimensions, dtype, strides; `teacher`'s N, H, W, dtype or device differ from `student`'s.
