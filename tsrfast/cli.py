@@ -54,17 +54,31 @@ def reproduce(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting of the preset: key=value, repeatable.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only print what would be run: stages, cost, estimated time, what is cached.")
+    ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Processes in which independent stages run side by side; they share out the threads, or the GPUs."),
+    ] = 1,
 ) -> None:
-    """Reproduce tables and figures of the paper beside the published numbers."""
+    """Reproduce tables and figures of the paper beside the published numbers.
+
+    Large runs: torchrun --nproc-per-node=N -m tsrfast reproduce ... splits batches over N processes, on a GPU each with --device cuda.
+    """
     from tsrfast._machine import choose_device
     from tsrfast._progress import Reporter
+    from tsrfast.suite.plan import plan as make_plan
     from tsrfast.suite.presets import preset as choose_preset
+    from tsrfast.suite.processes import Quiet, joined
     from tsrfast.suite.reproduce import reproduce as run
 
-    reporter = Reporter()
     chosen, where = choose_preset(preset, set_ or []), choose_device(device)
-    with _interruptible():
-        print(run(experiments or [], chosen, data, out, where, seed, reporter))
+    with _interruptible(), joined(where) as (ranks, mine):
+        job = (experiments or [], chosen, data, out, mine, seed, Reporter() if ranks.first else Quiet())
+        said = make_plan(*job).text() if plan else run(*job, jobs=jobs, ranks=ranks)
+        if ranks.first:
+            print(said)
 
 
 Model = Annotated[Path, typer.Option(help="Checkpoint of a network (safetensors, from tsrfast.nets.save_checkpoint).")]

@@ -76,6 +76,7 @@ class Lab:
     ) -> None:
         self.data, self.preset, self.seed, self.device = data, preset, seed, device
         self.store, self.reporter = store, reporter
+        self.ranks = store.ranks
         self.runs: dict[Student, Artifact] = {}
         """The training runs that were asked for so far, by their untrained student."""
 

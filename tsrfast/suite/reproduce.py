@@ -17,12 +17,14 @@ from tsrfast._files import atomic_write, remove_leftovers
 from tsrfast._machine import describe_machine
 from tsrfast._progress import Reporter
 from tsrfast.data import load
-from tsrfast.errors import InputError, unknown
-from tsrfast.suite.experiments import EXPERIMENTS
+from tsrfast.errors import InputError
+from tsrfast.suite.experiments import EXPERIMENTS, chosen
 from tsrfast.suite.lab import Lab
 from tsrfast.suite.presets import Preset
+from tsrfast.suite.processes import side_by_side
 from tsrfast.suite.report import load_results, load_run, render
 from tsrfast.suite.store import Store
+from tsrfast.training import ALONE, Ranks
 
 
 def _without_nan(value: Any) -> Any:
@@ -35,7 +37,16 @@ def _without_nan(value: Any) -> Any:
 
 
 def reproduce(
-    experiments: list[str], preset: Preset, data_spec: str, out: Path, device: torch.device, seed: int, reporter: Reporter
+    experiments: list[str],
+    preset: Preset,
+    data_spec: str,
+    out: Path,
+    device: torch.device,
+    seed: int,
+    reporter: Reporter,
+    *,
+    jobs: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Run `experiments` (all when empty) and write `out`/results.json, run.json and report.html.
 
@@ -49,25 +60,24 @@ def reproduce(
         device: where to compute.
         seed: of everything that is random; 0 or more.
         reporter: where progress goes.
+        jobs: processes of this machine in which independent stages are built side by side.
+        ranks: processes that all make this call with equal arguments, and share every stage that can be split. The first one writes.
 
     Returns:
         The path of the report.
 
     Raises:
-        InputError: unknown experiment, unusable data.
-        EnvironmentFault: `out` cannot be written or is in use.
+        InputError: unknown experiment, unusable data, `jobs` below 1, or several jobs and ranks at once.
+        EnvironmentFault: `out` cannot be written or is in use, or another process of this run was killed.
     """
-    for name in experiments:
-        if name not in EXPERIMENTS and name != "all":
-            raise unknown("experiment", name, [*EXPERIMENTS, "all"])
-    if "all" in experiments:
-        experiments = []
-    if seed < 0:
-        raise InputError(f"--seed: must be 0 or more, got {seed}")
+    if jobs < 1 or (jobs > 1 and ranks.size > 1):
+        raise InputError(f"--jobs: must be 1 or more, and 1 with torchrun, got {jobs} with {ranks.size} processes of torchrun")
+    names = chosen(experiments, seed)
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    store = Store(out / "store")  # before the data are read: an unusable folder is said at once
+    store = Store(out / "store", ranks=ranks)  # before the data are read: an unusable folder is said at once
     try:
-        remove_leftovers(out, out / "csv", out / "figures")
+        if ranks.first:
+            remove_leftovers(out, out / "csv", out / "figures")
         with reporter.task("data"):
             data = load(data_spec, train=preset.train_images, test=preset.test_images)
         if data_spec == "synthetic":
@@ -75,6 +85,8 @@ def reproduce(
                 "generated images; for real ones: --data cifar10:PATH (batches folder, cifar-10-python.tar.gz or parquet files)"
             )
         lab = Lab(data, preset, seed, device, store, reporter)
+        if jobs > 1:
+            side_by_side(lab, names, data_spec, jobs)
         results = {
             "schema": 1,
             "tsrfast": tsrfast.__version__,
@@ -89,8 +101,10 @@ def reproduce(
             },
             "device": device.type,
             "settings": dataclasses.asdict(preset),
-            "experiments": {name: EXPERIMENTS[name](lab) for name in experiments or EXPERIMENTS},
+            "experiments": {name: EXPERIMENTS[name](lab) for name in names},
         }
+        if not ranks.first:
+            return out / "report.html"
         text = json.dumps(_without_nan(results), indent=1, allow_nan=False)
         atomic_write(out / "results.json", text)
         run: dict[str, Any] = {

@@ -1,4 +1,7 @@
-"""The work behind the artifacts: each function fills a folder."""
+"""The work behind the artifacts: each function fills a folder.
+
+Those that several processes share (`store.TOGETHER`) deal out whole batches, and the first process writes.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from tsrfast.nets import (
     student_widths,
 )
 from tsrfast.specialization import NormalizedCorrelation, PatchBasis, patch_basis
-from tsrfast.specialization import correlate as correlate_nets
+from tsrfast.specialization.correlation import accumulate
 from tsrfast.suite.modes import MODES
 from tsrfast.training import TrueLabels, TwoStarts, robust_features, train
 
@@ -160,6 +163,7 @@ def train_student(lab: Lab, student: Student, folder: Path) -> None:
             folder=folder,
             checkpoint_every=CHECKPOINT_EVERY,
             on_progress=_training_progress(update),
+            ranks=lab.ranks,
         )
 
 
@@ -193,8 +197,10 @@ def make_robust_images(lab: Lab, student: Student, folder: Path) -> None:
             seed=lab.derive("robust features", student.run),
             batch_size=p.eval_batch_size,
             on_progress=lambda done, of: update(done, of, "images"),
+            ranks=lab.ranks,
         )
-    atomic_write(folder / "images.safetensors", save({"images": split.images, "labels": split.labels}))
+    if lab.ranks.first:
+        atomic_write(folder / "images.safetensors", save({"images": split.images, "labels": split.labels}))
 
 
 def load_split(folder: Path) -> Split:
@@ -225,7 +231,7 @@ def attack(
     side = "" if spec.side is None else f" {spec.side}-plane"
     name = f"attack {victim.title} {spec.norm} eps={spec.eps:.3g} x{spec.steps} {spec.objective}{side}"
     with lab.reporter.task(name) as update:
-        for at in range(0, len(index), lab.preset.eval_batch_size):
+        for at in range(0, len(index), lab.preset.eval_batch_size)[lab.ranks.part]:
             part = index[at : at + lab.preset.eval_batch_size]
             x = test.pixels(part).to(lab.device).contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
@@ -240,7 +246,9 @@ def attack(
                     row[f"adversarial/{student}"] = net(x_adv).argmax(1)
             parts.append({k: v.cpu() for k, v in row.items()})
             update(at + len(part), len(index), "images")
-    atomic_write(folder / "predictions.safetensors", save({k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
+    parts = lab.ranks.together(parts)
+    if lab.ranks.first:
+        atomic_write(folder / "predictions.safetensors", save({k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
 
 
 def load_predictions(folder: Path) -> dict[str, Tensor]:
@@ -252,15 +260,18 @@ def correlate(lab: Lab, student: Student, folder: Path) -> None:
     """Normalized correlation of a student's conv layers with the oracle's on the first test images."""
     test = lab.data.test
     n = len(test) if lab.preset.correlation_images is None else min(lab.preset.correlation_images, len(test))
+    batches = test.pixels(slice(n)).split(lab.preset.eval_batch_size)
     with lab.reporter.task(f"correlation {student.title}"):
-        layers = correlate_nets(
-            lab.load(lab.checkpoint(student)),
-            lab.oracle_net_of(student.nets),
-            test.pixels(slice(n)),
-            batch_size=lab.preset.eval_batch_size,
-        )
+        net, oracle = lab.load(lab.checkpoint(student)), lab.oracle_net_of(student.nets)
+        mine = [[layer.to("cpu") for layer in accumulate(net, oracle, batch, len(batch))] for batch in batches[lab.ranks.part]]
+        seen, *others = lab.ranks.together(mine)
+    for more in others:
+        for layer, other in zip(seen, more, strict=True):
+            layer.merge_state(other)
+    if not lab.ranks.first:
+        return
     tensors: dict[str, Tensor] = {}
-    for k, nc in enumerate(layers):
+    for k, nc in enumerate(layer.compute() for layer in seen):
         tensors |= {
             f"{k}/rho": nc.rho, f"{k}/dead_student": nc.dead_student, f"{k}/dead_teacher": nc.dead_teacher,
             f"{k}/count": torch.tensor(nc.count),

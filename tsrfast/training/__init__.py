@@ -11,12 +11,14 @@ from tsrfast.training.objectives import (
     TrueLabels,
     TwoStarts,
 )
+from tsrfast.training.ranks import ALONE, Ranks
 from tsrfast.training.robust_features import robust_features
 from tsrfast.training.schedule import Constant, Cosine, Piecewise, Schedule, parse_schedule
 from tsrfast.training.substitute import SubstituteResult, train_substitute
 from tsrfast.training.trainer import TrainResult, train
 
 __all__ = [
+    "ALONE",
     "CCAT",
     "AdversarialLabels",
     "Backtracking",
@@ -25,6 +27,7 @@ __all__ = [
     "Objective",
     "OracleAdversarial",
     "Piecewise",
+    "Ranks",
     "Schedule",
     "SubstituteResult",
     "TeacherLabels",

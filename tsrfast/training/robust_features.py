@@ -20,6 +20,7 @@ from tsrfast.chain import Chain
 from tsrfast.data import Split
 from tsrfast.errors import InputError
 from tsrfast.nets import ConvReLU, fold
+from tsrfast.training.ranks import ALONE, Ranks
 
 TINY = 1e-12  # under the roots: their slope at 0
 
@@ -35,6 +36,7 @@ def robust_features(
     seed: int = 0,
     batch_size: int = 500,
     on_progress: Callable[[int, int], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Split:
     """For each image x of `split` an x_r with little alpha |t(x_r) - t(x)|_2 + |f_M(x_r) - f_M(x)|_2 (norms, not squares).
 
@@ -50,6 +52,8 @@ def robust_features(
         seed: of the starts.
         batch_size: images at a time.
         on_progress: called after each batch with (images done, all images).
+        ranks: processes that all make this call with equal arguments and share the batches; each gets all images, the same as one
+            process alone.
 
     Returns:
         As many images as `split` has, in its order; the labels are those of x.
@@ -69,7 +73,7 @@ def robust_features(
     features, parts = representation(robust), []
     weight = next(robust.parameters())
     with evaluating(features, teacher):
-        for at in range(0, len(split), batch_size):
+        for at in range(0, len(split), batch_size)[ranks.part]:
             index = torch.arange(at, min(at + batch_size, len(split)))
             x, start = (_pixels(split, i, weight) for i in (index, start_of(split, index, seed)))
             nets = [callable_network(m, x, "auto")[0] for m in (features, teacher)]
@@ -79,7 +83,7 @@ def robust_features(
             parts.append((255 * descent(nets[0], start)).round().to(torch.uint8).cpu().contiguous())
             if on_progress is not None:
                 on_progress(at + len(index), len(split))
-    return Split(torch.cat(parts), split.labels.cpu().clone())
+    return Split(torch.cat(ranks.together(parts)), split.labels.cpu().clone())
 
 
 def start_of(split: Split, index: Tensor, seed: int) -> Tensor:

@@ -20,6 +20,7 @@ from tsrfast._modes import evaluating
 from tsrfast.errors import InputError, unknown
 from tsrfast.nets.checkpoint import architecture, save_checkpoint
 from tsrfast.training.objectives.protocol import Objective
+from tsrfast.training.ranks import ALONE, Ranks
 from tsrfast.training.schedule import Constant, Schedule, parse_schedule
 from tsrfast.training.state import Progress, load_state, save_state
 
@@ -66,6 +67,7 @@ def train(
     folder: Path | None = None,
     checkpoint_every: float = 60.0,
     on_progress: Callable[[int, int, dict[str, float]], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train `model` in place on `split` and leave it in train mode.
 
@@ -90,13 +92,20 @@ def train(
         folder: for the state, the metrics (`metrics.jsonl`) and the snapshots; made if it does not exist.
         checkpoint_every: seconds between saved states (0: every step); the end of the run is always saved.
         on_progress: called after every step with (steps done, all steps, {"loss", "lr"}).
+        ranks: processes that all make this call with equal arguments and share each batch. Images, their order, augmentation and
+            attacks are those of one process; gradients are summed in another order, so weights differ from those of one process by
+            rounding, which many steps amplify. All processes end with the same weights. The first one writes to `folder`, which all
+            must see; a run may go on with another number of processes.
 
     Raises:
-        InputError: a wrong argument; a folder with a run of other settings; a loss that is not finite.
-        EnvironmentFault: the folder cannot be written.
+        InputError: a wrong argument; a folder with a run of other settings; a loss that is not finite; batch normalisation, whose
+            statistics are those of a whole batch, with several processes.
+        EnvironmentFault: the folder cannot be written, or another of the processes has stopped.
     """
     rate = _schedule(lr)
     save_at = _check(model, split, epochs, batch_size, seed, save_at, folder, checkpoint_every)
+    if ranks.size > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise InputError(f"tsrfast.train: model must have no batch normalisation with {ranks.size} processes, got some")
     folder = None if folder is None else Path(folder)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu:
@@ -128,13 +137,14 @@ def train(
         settings = {key: digest(describe(value)) for key, value in described.items()}
         if (folder / STATE).exists():
             progress = load_state(folder / STATE, model, solver, settings)
-        _write_metrics(folder, progress)  # drops the lines of epochs after the saved state
+        if ranks.first:
+            _write_metrics(folder, progress)  # drops the lines of epochs after the saved state
     resumed_at = progress.step
     snapshots = {} if folder is None else {epoch: folder / f"epoch_{epoch:04d}.safetensors" for epoch in save_at}
     _require([path for epoch, path in snapshots.items() if 0 < epoch * per_epoch <= resumed_at])
 
     def snapshot(epoch: int, metrics: Mapping[str, Any]) -> None:
-        if epoch in snapshots:
+        if epoch in snapshots and ranks.first:
             details = {
                 "objective": objective.name,
                 "epoch": epoch,
@@ -153,10 +163,13 @@ def train(
         for step in range(progress.step, (epoch + 1) * per_epoch):
             position = (step - epoch * per_epoch) * batch_size
             index = order[position : position + batch_size]
-            images, labels = _batch(model, split, index, augment, epoch, on_cpu)
-            index = index.to(images.device)
+            mine = _part(objective, index, ranks)
+            images, labels = _batch(model, split, mine, augment, epoch, on_cpu)
             step_lr = rate(step, per_epoch, total)
-            loss = _step(solver, objective(model, images, labels, index, epoch), step, epoch, step_lr)
+            value = objective(model, images, labels, mine.to(images.device), epoch)
+            # Every process has the batch whole, or a part of it; its images count as they do in the whole.
+            share = 1 / ranks.size if len(mine) == len(index) else len(mine) / len(index)
+            loss = _step(solver, value, step, epoch, step_lr, ranks, share)
             if after_step is not None:
                 after_step(model)
             progress.step = step + 1
@@ -165,9 +178,9 @@ def train(
             if progress.step == (epoch + 1) * per_epoch:
                 _end_epoch(model, progress, epoch, step_lr, evaluate)
                 snapshot(epoch + 1, progress.metrics[-1])
-                if folder is not None:
+                if folder is not None and ranks.first:
                     _write_metrics(folder, progress)
-            if folder is not None and (progress.step == total or time.monotonic() - saved >= checkpoint_every):
+            if folder is not None and ranks.first and (progress.step == total or time.monotonic() - saved >= checkpoint_every):
                 save_state(folder / STATE, model, solver, settings, progress)
                 saved = time.monotonic()
             if on_progress is not None:
@@ -197,15 +210,24 @@ def _batch(
     return images, split.labels[index].to(images.device)
 
 
-def _step(solver: Optimizer, loss: Tensor, step: int, epoch: int, lr: float) -> float:
-    """One optimiser step; the loss as a number."""
-    value = loss.item()
+def _part(objective: Objective, index: Tensor, ranks: Ranks) -> Tensor:
+    """This process's images of the batch `index`: all, where parts would not add up to the objective's value on the whole."""
+    splits = getattr(objective, "splits", None)
+    if len(index) < ranks.size or (splits is not None and not splits(len(index), ranks.size)):
+        return index
+    return index[ranks.part]
+
+
+def _step(solver: Optimizer, loss: Tensor, step: int, epoch: int, lr: float, ranks: Ranks, share: float) -> float:
+    """One optimiser step on the sum over `ranks` of `share` times `loss`; the sum as a number."""
+    loss = share * loss
+    solver.zero_grad(set_to_none=True)  # after the objective: an attack may leave gradients in the parameters
+    loss.backward()
+    value = ranks.sum_gradients((p for group in solver.param_groups for p in group["params"]), loss).item()
     if not math.isfinite(value):
         raise InputError(
             f"tsrfast.train: loss must stay finite, got {value} at step {step} (epoch {epoch}) with lr {lr:g}; try a smaller lr"
         )
-    solver.zero_grad(set_to_none=True)  # after the objective: an attack may leave gradients in the parameters
-    loss.backward()
     for group in solver.param_groups:
         group["lr"] = lr
     solver.step()

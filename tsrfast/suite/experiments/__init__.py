@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tsrfast.errors import InputError, unknown
 from tsrfast.suite.experiments import (
     fig2,
     fig3,
@@ -51,3 +52,17 @@ EXPERIMENTS: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "table5": table5.run,
     "global": global_.run,  # last: over the students that the others used
 }
+
+
+def chosen(experiments: list[str], seed: int) -> list[str]:
+    """The names of the experiments to run: `experiments`, or all.
+
+    Raises:
+        InputError: unknown experiment, negative seed.
+    """
+    for name in experiments:
+        if name not in EXPERIMENTS and name != "all":
+            raise unknown("experiment", name, [*EXPERIMENTS, "all"])
+    if seed < 0:
+        raise InputError(f"--seed: must be 0 or more, got {seed}")
+    return list(EXPERIMENTS) if not experiments or "all" in experiments else experiments

@@ -13,6 +13,10 @@ INK, MUTED, RULE = "#22252a", "#666b73", "#d9dce1"
 MAPS = {"AT": "OrRd", "ST": "Blues", "ST-logit": "Blues", "ST-label": "Reds", "data": "Greys"}
 SPARE_MAPS = ("Greens", "Purples", "YlOrBr", "PuRd", "GnBu")
 DASHED = {"ST-label"}
+# Scatters of several curves: a colour and a marker each, so that neither alone has to tell them apart. Colours: Okabe and Ito's (without
+# their yellow) and three more, distinct to the colour-blind.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#22252A", "#E69F00", "#56B4E9", "#882255", "#7200E4", "#999933")
+MARKERS = ("o", "s", "^", "D", "X", "v", "P", "*", "<", "h")
 _RC: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -91,6 +95,7 @@ def draw(experiment: dict[str, Any]) -> Picture:
 def _panel(axes: Any, title: str, curves: list[dict[str, Any]], palette: dict[str, str], headroom: int) -> dict[str, Any]:
     """Draw one panel, its title above room for `headroom` annotations; returns the legend's handles by curve name."""
     bars = [c for c in curves if c.get("kind") == "bar"]
+    clouds = [c for c in curves if c.get("kind") == "scatter"]
     named = {}
     for curve in curves:
         style = curve.get("style") or {}
@@ -102,6 +107,9 @@ def _panel(axes: Any, title: str, curves: list[dict[str, Any]], palette: dict[st
             wide = 0.8 * step / len(bars)
             shift = (bars.index(curve) - (len(bars) - 1) / 2) * wide
             named[curve["name"]] = axes.bar([v + shift for v in x], y, width=wide, color=colour)
+        elif kind == "scatter" and len(clouds) > 1:
+            look = looks(clouds)[curve["name"]]
+            named[curve["name"]] = axes.scatter(x, y, s=46, **look, alpha=0.9, edgecolors="white", linewidths=0.5)
         elif kind == "scatter":
             named[curve["name"]] = axes.scatter(x, y, s=9, color=colour, alpha=0.35, linewidths=0)
         else:
@@ -139,6 +147,12 @@ def _panel(axes: Any, title: str, curves: list[dict[str, Any]], palette: dict[st
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
             )
     return named
+
+
+def looks(clouds: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each scatter of a panel, by its name, in order of appearance."""
+    names = dict.fromkeys(c["name"] for c in clouds)
+    return {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
 
 
 def _annotations(curves: list[dict[str, Any]]) -> list[str]:

@@ -73,6 +73,10 @@ class CCAT:
         targets = soft_labels(y, distance / self.eps, self.rho, wanted.shape[1])
         return F.cross_entropy(student(torch.cat([images[:clean], moved])), targets)
 
+    def splits(self, count: int, parts: int) -> bool:
+        """Whether every `parts`-th image of a batch of `count` has the clean and the attacked images of the whole; see `Objective`."""
+        return count % parts == 0 and parts * int(self.clean_share * (count // parts)) == int(self.clean_share * count)
+
 
 def soft_labels(labels: Tensor, distance: Tensor, rho: float, classes: int) -> Tensor:
     """lambda onehot(y) + (1 - lambda) / K with lambda = (1 - min(1, distance))^rho.

@@ -10,7 +10,11 @@ from tsrfast.chain import logits
 
 
 class Objective(Protocol):
-    """A loss to minimise. Objectives are frozen dataclasses: their fields are part of a run's identity."""
+    """A loss to minimise. Objectives are frozen dataclasses: their fields are part of a run's identity.
+
+    One that is no mean over images may have a method ``splits(count, parts)``: whether its value on a batch of `count` images is the mean of
+    its values on ``batch[0::parts]``, ``batch[1::parts]``, ...; where it is not, processes that share a training do not cut the batch.
+    """
 
     @property
     def name(self) -> str:
