@@ -155,6 +155,32 @@ int64_t map_size(const tsr::ChainPlan& plan) {
 }
 void* stream_of(Address stream) { return reinterpret_cast<void*>(stream); }
 
+// For networks without a kernel in the build: what to compile, and taking what was compiled.
+void bind_fused(py::module_& cuda) {
+  cuda.def("chain_fused_kernel",
+           [](Address student, int64_t student_records, Address teacher, int64_t teacher_records) {
+             const auto k = tsr::chain_fused_kernel_of(checked_plan(student, student_records, INT64_MAX, "student"),
+                                                       checked_plan(teacher, teacher_records, INT64_MAX, "teacher"));
+             return py::make_tuple(k.name, k.bytes);
+           });
+  cuda.def("chain_fused_ready",
+           [](Address student, int64_t student_records, Address teacher, int64_t teacher_records, int capability) {
+             return tsr::chain_fused_ready(checked_plan(student, student_records, INT64_MAX, "student"),
+                                           checked_plan(teacher, teacher_records, INT64_MAX, "teacher"), capability);
+           });
+  cuda.def("chain_fused_load", [](Address student, int64_t student_records, Address teacher, int64_t teacher_records,
+                                  const py::bytes& cubin, const std::string& symbol, int device) {
+    tsr::chain_fused_load(checked_plan(student, student_records, INT64_MAX, "student"),
+                          checked_plan(teacher, teacher_records, INT64_MAX, "teacher"), std::string_view(cubin).data(),
+                          symbol.c_str(), device);
+  });
+  cuda.def("chain_fused_headers", [] {
+    py::dict headers;
+    for (const tsr::ChainFusedHeader* h = tsr::chain_fused_headers; h->name; ++h) headers[h->name] = h->text;
+    return headers;
+  });
+}
+
 void bind_cuda(py::module_& cuda) {
   cuda.def("chain_packed_size", [](Address plan, int64_t records, int64_t parameters) {
     return packed_size_cuda(checked_plan(plan, records, parameters, "plan"));
@@ -173,6 +199,7 @@ void bind_cuda(py::module_& cuda) {
                                    checked_plan(teacher, teacher_records, INT64_MAX, "teacher"),
                                    tsr::ChainLoss(criterion), tsr::Norm(norm));
   });
+  bind_fused(cuda);
   cuda.def("chain_workspace", [](Address student, int64_t student_records, Address teacher, int64_t teacher_records,
                                  int64_t n, int64_t rows, int precision) {
     return tsr::chain_workspace_cuda(checked_plan(student, student_records, INT64_MAX, "student"),

@@ -1,6 +1,7 @@
 // The fused attack: which networks have a kernel, its start, and the order of the packed parameters.
 //
-// Mapping, passes and bound: chain_fused.cuh. Instances: chain_fused_4.cu, chain_fused_5.cu.
+// Mapping, passes and bound: chain_fused.cuh. Instances: chain_fused_4.cu, chain_fused_5.cu, and those that are
+// compiled at run time, chain_fused_loaded.cu.
 #include "core/chain_fused.h"
 #include "cuda/chain_fused_entry.cuh"
 
@@ -9,48 +10,100 @@ namespace {
 
 using namespace fused;
 
+constexpr int kLeastCapability = 90;  // mbarriers and bulk copies
+
 __global__ void chain_fused_empty_queue_kernel(unsigned long long* queue) { *queue = 0; }
 
 bool is_conv(const ChainRecord& r, int64_t c, int64_t side) {
   return r.kind == ChainKind::conv && r.activation == ChainActivation::relu && r.c == c && r.h == side && r.w == side &&
          r.kh == 3 && r.kw == 3 && r.sh == 1 && r.sw == 1 && r.ph == 0 && r.pw == 0;
 }
-// Depth 0 for anything else than convolutions with ReLU and a linear layer.
-Shape shape_of(const ChainPlan& plan) {
-  Shape s{}, none{};
+std::string too_many(const std::string& what, int64_t bytes) {
+  return what + " " + std::to_string(bytes) + " bytes of shared memory, a block has " + std::to_string(kMostShared);
+}
+// Reads a network's sizes; returns why no kernel can take it, or nothing.
+std::string read(const ChainPlan& plan, Shape& s) {
   const int64_t depth = plan.records - 1;
-  if (depth < 2 || depth > kMostLayers) return none;
+  if (depth < 2 || depth > kMostLayers)
+    return "it must have 2 to " + std::to_string(kMostLayers) + " convolutions and a linear layer, got " +
+           std::to_string(plan.records) + " records";
+  const int64_t image = plan.inputs() * int64_t(sizeof(float));  // first: the other sizes are int
+  if (image > kMostShared) return too_many("the image alone takes", image);
   int64_t c = kColors, side = plan.record[0].h;
   for (int64_t l = 0; l < depth; ++l, side -= 2) {
-    if (!is_conv(plan.record[l], c, side)) return none;
+    const std::string record = "record " + std::to_string(l);
+    if (!is_conv(plan.record[l], c, side))
+      return record + " must be a 3x3 convolution with ReLU (stride 1, no padding, " + std::to_string(c) +
+             " channels in, a square map)";
     c = plan.record[l].oc;
+    if (c > most_channels(int(l)))
+      return record + " must have at most " + std::to_string(most_channels(int(l))) + " channels, got " +
+             std::to_string(c);
     s.c[l] = int(c);
   }
   const ChainRecord& last = plan.record[depth];
-  if (last.kind != ChainKind::linear || last.activation != ChainActivation::none) return none;
+  if (last.kind != ChainKind::linear || last.activation != ChainActivation::none)
+    return "its last record must be a linear layer without activation";
+  if (last.oc > kMostShared) return "it has " + std::to_string(last.oc) + " classes";
   s.side = int(plan.record[0].h), s.depth = int(depth), s.classes = int(last.oc);
-  return s;
+  if (s.side % 2) return "the image's side must be even, got " + std::to_string(s.side);
+  const int bytes = map_of(Shape{}, s).bytes;
+  if (bytes > kMostShared) return too_many("it takes", bytes);
+  if (!takes(s)) {  // the two products that must not take several passes
+    const Gemm last_forward = s.forward(s.depth - 1), last_backward = s.backward(0);
+    const int sums = 4 * larger(last_forward.slots() * last_forward.n_tiles, last_backward.slots());
+    return "its last convolution or its image needs " + std::to_string(sums) + " registers of a thread for sums, of " +
+           std::to_string(kAccumulators);
+  }
+  return "";
+}
+// Depth 0 for a network that no kernel can take.
+Shape shape_of(const ChainPlan& plan) {
+  Shape s{};
+  return read(plan, s).empty() ? s : Shape{};
 }
 
-// The first instance for which `fits` holds, or null.
-template <class F>
-const Entry* find_entry(F fits) {
+struct Pair {
+  Shape teacher, student;  // teacher.depth 0: none
+};
+// Of networks that a kernel can take together; throws std::invalid_argument for others.
+Pair pair_of(const ChainPlan& student, const ChainPlan& teacher) {
+  const auto refuse = [](const std::string& why) {
+    throw std::invalid_argument("no fused kernel can take this network: " + why);
+  };
+  Pair p{};
+  const std::string s = read(student, p.student), t = teacher.records ? read(teacher, p.teacher) : "";
+  if (!s.empty()) refuse("student: " + s);
+  if (!t.empty()) refuse("teacher: " + t);
+  if (p.teacher.depth && (p.teacher.side != p.student.side || p.teacher.classes != p.student.classes))
+    refuse("student and teacher must have the same image and classes");
+  const int bytes = map_of(p.teacher, p.student).bytes;
+  if (bytes > kMostShared) refuse(too_many("student and teacher take", bytes));
+  return p;
+}
+
+// In the build, or null.
+const Entry* find_entry(const Pair& p) {
   for (const Entries& entries : {entries_of_4_layers(), entries_of_5_layers(),
 #ifdef TSR_EMU
                                  entries_for_tests()
 #endif
        })
     for (const Entry& e : entries)
-      if (fits(e)) return &e;
+      if (e.teacher == p.teacher && e.student == p.student) return &e;
   return nullptr;
 }
-bool has_kernel(const Shape& s) {
-  return s.depth && find_entry([&](const Entry& e) { return e.teacher == s || e.student == s; });
-}
-const Entry* find_attack(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion) {
+// What an attack reads; student.depth 0: no kernel can take it.
+Pair read_by(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion) {
   const Shape s = shape_of(student), t = needs_teacher(criterion) ? shape_of(teacher) : Shape{};
-  if (!s.depth || (needs_teacher(criterion) && !t.depth)) return nullptr;
-  return find_entry([&](const Entry& e) { return e.student == s && e.teacher == t; });
+  return needs_teacher(criterion) && !t.depth ? Pair{} : Pair{t, s};
+}
+
+std::string name_of(const Shape& s) {
+  if (!s.depth) return "tsr::fused::NoNet";
+  std::string name = "tsr::fused::Net<" + std::to_string(s.side) + ", " + std::to_string(s.classes);
+  for (int l = 0; l < s.depth; ++l) name += ", " + std::to_string(s.c[l]);
+  return name + ">";
 }
 
 // Where a 16 x 8 block's value (depth k, column n) is, in 16-bit values from the start of its k-step. Two n-tiles share
@@ -132,13 +185,13 @@ void map_linear(const ChainPlan& plan, const Shape& s, int32_t* to) {
 
 ChainFusedSize chain_fused_size(const ChainPlan& plan) {
   const Shape s = shape_of(plan);
-  if (!has_kernel(s)) return {0, 0};
+  if (!s.depth) return {0, 0};
   return {s.floats(), s.half_bytes() / 2};
 }
 
 void chain_fused_map(const ChainPlan& plan, int32_t* floats, int32_t* hi) {
   const Shape s = shape_of(plan);
-  if (!has_kernel(s)) return;
+  if (!s.depth) return;
   for (int l = 0; l < s.depth; ++l)
     for (int i = 0; i < s.padded(l); ++i) {
       const int64_t bias = plan.record[l].bias;
@@ -151,19 +204,41 @@ void chain_fused_map(const ChainPlan& plan, int32_t* floats, int32_t* hi) {
 }
 
 bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm) {
-  return find_attack(student, teacher, criterion) != nullptr;
+  const Pair p = read_by(student, teacher, criterion);
+  return p.student.depth && (find_entry(p) || is_loaded(p.teacher, p.student, kAnyCapability));
+}
+
+ChainFusedKernel chain_fused_kernel_of(const ChainPlan& student, const ChainPlan& teacher) {
+  const Pair p = pair_of(student, teacher);
+  ChainFusedKernel k{map_of(p.teacher, p.student).bytes, {}};
+  const std::string name =
+      "tsr::fused::chain_fused_kernel<tsr::fused::Instance<" + name_of(p.teacher) + ", " + name_of(p.student) + ">>";
+  name.copy(k.name, sizeof(k.name) - 1);
+  return k;
+}
+bool chain_fused_ready(const ChainPlan& student, const ChainPlan& teacher, int capability) {
+  const Pair p = pair_of(student, teacher);
+  return capability >= kLeastCapability && (find_entry(p) || is_loaded(p.teacher, p.student, capability));
+}
+void chain_fused_load(const ChainPlan& student, const ChainPlan& teacher, const void* cubin, const char* symbol,
+                      int device) {
+  const Pair p = pair_of(student, teacher);
+  const DeviceGuard guard(device);
+  load(p.teacher, p.student, DeviceTraits(device).capability, cubin, symbol);
 }
 
 int64_t chain_fused_workspace(const ChainPlan&, const ChainPlan&, int64_t) { return sizeof(unsigned long long); }
 
 void chain_fused_pgd(const ChainPgd& a, const ChainFusedNet& student, const ChainFusedNet& teacher, int device,
                      void* stream) {
-  const Entry* const e = find_attack(student.plan, teacher.plan, a.criterion);
-  if (!e) throw std::runtime_error("tsrfast: chain_fused_pgd: there is no fused kernel for these networks");
+  const Pair p = read_by(student.plan, teacher.plan, a.criterion);
+  const Entry* const e = find_entry(p);
+  if (!e && !is_loaded(p.teacher, p.student, kAnyCapability))
+    throw std::runtime_error("tsrfast: chain_fused_pgd: there is no fused kernel for these networks");
   if (a.n == 0) return;
   const DeviceGuard guard(device);
   const DeviceTraits traits(device);
-  if (traits.capability < 90)
+  if (traits.capability < kLeastCapability)
     throw std::runtime_error("tsrfast: the fused attack needs a GPU of compute capability 9.0 or later, this one has " +
                              std::to_string(traits.capability / 10) + "." + std::to_string(traits.capability % 10));
   const Args args{a,
@@ -171,7 +246,11 @@ void chain_fused_pgd(const ChainPgd& a, const ChainFusedNet& student, const Chai
                   {teacher.floats, static_cast<const unsigned char*>(teacher.hi)},
                   static_cast<unsigned long long*>(a.workspace)};
   launch(chain_fused_empty_queue_kernel, dim3(1), dim3(1), 0, stream, args.queue);
-  e->run(args, unsigned(a.n < traits.multiprocessors ? a.n : traits.multiprocessors), stream);
+  const auto blocks = unsigned(a.n < traits.multiprocessors ? a.n : traits.multiprocessors);
+  if (e)
+    e->run(args, blocks, stream);
+  else
+    run_loaded(args, p.teacher, p.student, traits.capability, blocks, stream);
 }
 
 }  // namespace tsr

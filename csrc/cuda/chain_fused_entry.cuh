@@ -21,6 +21,13 @@ Entries entries_of_5_layers();
 Entries entries_for_tests();
 #endif
 
+// Kernels compiled at run time, each for one compute capability: chain_fused_loaded.cu. Any thread may call these.
+constexpr int kAnyCapability = 0;
+bool is_loaded(const Shape& teacher, const Shape& student, int capability);
+void load(const Shape& teacher, const Shape& student, int capability, const void* cubin, const char* symbol);
+void run_loaded(const Args& args, const Shape& teacher, const Shape& student, int capability, unsigned blocks,
+                void* stream);
+
 template <class I>
 void run(const Args& args, unsigned blocks, void* stream) {
   launch(chain_fused_kernel<I>, dim3(blocks), dim3(kThreads), size_t(I::kBytes), stream, args);

@@ -141,12 +141,13 @@ struct Shape {
   }
 };
 
+// Of convolution l: a step of the sum, for the first one both of its steps, lie in one stage.
+TSR_GEOMETRY int most_channels(int l) { return kStageBytes / kBlockBytes / (l == 0 ? 2 : 1) * 8; }
 // What the kernel asks of a network, beyond fitting into shared memory.
 TSR_GEOMETRY bool takes(const Shape& s) {
   bool fine = s.depth >= 2 && s.depth <= kMostLayers && s.side % 2 == 0 && s.side_of(s.depth - 1) >= 1;
+  for (int l = 0; fine && l < s.depth; ++l) fine = s.c[l] <= most_channels(l);
   fine = fine && s.forward(s.depth - 1).passes() == 1;  // its results wait in registers for the linear layer
-  fine = fine && 2 * s.n_tiles(0) * kBlockBytes <= kStageBytes;
-  for (int l = 0; fine && l < s.depth; ++l) fine = s.n_tiles(l) * kBlockBytes <= kStageBytes;
   return fine && s.backward(0).passes() == 1;
 }
 

@@ -22,16 +22,6 @@
 namespace tsr {
 namespace {
 
-// copy_async_16 through the first-level cache: the taps of a window read the same pixels.
-TSR_DEVICE void copy_async_cached(Shared to, const void* from, bool there) {
-#ifdef TSR_EMU
-  copy_async_16(to, from, there);
-#else
-  const int bytes = there ? 16 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 constexpr int kProductWarps = 4, kProductThreads = 32 * kProductWarps;
 
 struct Product {
@@ -79,7 +69,7 @@ struct Loader {
       y[i] = int(pixel / p.width) * p.step_y + p.first_y;
       x[i] = int(pixel % p.width) * p.step_x + p.first_x;
       source[i] = image * p.source_h * p.source_w * p.channels;
-      if (p.every_y * p.every_x == 1) source[i] += (int64_t(y[i]) * p.source_w + x[i]) * p.channels;
+      if (p.every_y == 1 && p.every_x == 1) source[i] += (int64_t(y[i]) * p.source_w + x[i]) * p.channels;
       if (r >= p.rows) y[i] = INT_MIN / 2;  // outside, at every tap
     }
     const int tap = int(k / p.channels);
@@ -91,7 +81,7 @@ struct Loader {
   __device__ void next(int stage) {
     const Shared a = memory + Shared(stage * T::stage);
     const int along_y = p.direction * tap_y, along_x = p.direction * tap_x;
-    const bool dense = p.every_y * p.every_x == 1;
+    const bool dense = p.every_y == 1 && p.every_x == 1;
     const int64_t offset = (dense ? (int64_t(along_y) * p.source_w + along_x) * p.channels : 0) + c;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -106,8 +96,9 @@ struct Loader {
       }
       at = there ? at : 0;
       const Shared to = a + (threadIdx.x / 4 + kProductThreads / 4 * i) * T::a_row + threadIdx.x % 4 * 16;
-      copy_async_cached(to, static_cast<const char*>(p.a.hi) + at * T::bytes, there);
-      if (T::split) copy_async_cached(to + T::a_plane, static_cast<const char*>(p.a.lo) + at * T::bytes, there);
+      // cached: the taps of a window read the same pixels
+      copy_async_cached<16>(to, static_cast<const char*>(p.a.hi) + at * T::bytes, there);
+      if (T::split) copy_async_cached<16>(to + T::a_plane, static_cast<const char*>(p.a.lo) + at * T::bytes, there);
     }
     weights(a + T::planes * T::a_plane);
     k += T::depth;
@@ -123,8 +114,8 @@ struct Loader {
       const bool there = row < end && col < p.columns;
       const int64_t at = there ? row * p.columns + col : 0;
       const Shared to = b + i / kEach * T::b_row + i % kEach * 16;
-      copy_async_cached(to, static_cast<const char*>(p.b_hi) + at * T::bytes, there);
-      if (T::split) copy_async_cached(to + T::b_plane, static_cast<const char*>(p.b_lo) + at * T::bytes, there);
+      copy_async_cached<16>(to, static_cast<const char*>(p.b_hi) + at * T::bytes, there);
+      if (T::split) copy_async_cached<16>(to + T::b_plane, static_cast<const char*>(p.b_lo) + at * T::bytes, there);
     }
   }
 };
@@ -221,10 +212,10 @@ TSR_DEVICE void put_pair(const Finish& f, bool there, int64_t row, int64_t pixel
 }
 
 // As many blocks on a multiprocessor as registers allow without spilling.
-constexpr int blocks_of(Precision p) { return p == Precision::float32 ? 3 : 4; }
+constexpr int blocks_of(Precision p, int n) { return p == Precision::float32 || n == 8 ? 3 : 4; }
 
 template <Precision P, int N>
-__global__ void __launch_bounds__(kProductThreads, blocks_of(P)) chain_product_kernel(Product p) {
+__global__ void __launch_bounds__(kProductThreads, blocks_of(P, N)) chain_product_kernel(Product p) {
   using T = Tile<P, N>;
   TSR_DYNAMIC_SHARED(unsigned char, memory);
   const Shared base = shared_address(memory);

@@ -161,7 +161,7 @@ __device__ void fetch_units(const Side& side, int64_t first, int rows, Sample pi
         if constexpr (kUnit == 16)
           copy_async_16(here, from, there);
         else
-          copy_async_few<kUnit>(here, from, there);
+          copy_async_cached<kUnit>(here, from, there);
       }
     }
   }

@@ -4,8 +4,12 @@
 // cannot do for static arrays of templates.
 #pragma once
 #include <cstdint>
+#ifndef __CUDACC_RTC__  // the compiler of NVRTC sees device code only
 #include <functional>
+#include <stdexcept>
+#include <string>
 #include <utility>
+#endif
 #ifdef TSR_EMU
 #include "emu/emu.h"
 
@@ -22,6 +26,14 @@ struct DeviceTraits {
   int capability = 90, multiprocessors = 2;
   explicit DeviceTraits(int) {}
 };
+class LoadedKernel {  // there are none
+ public:
+  LoadedKernel(const void*, const char*) {
+    throw std::runtime_error("tsrfast: kernels compiled at run time need a GPU, the emulator cannot run them");
+  }
+  template <class... A>
+  void operator()(dim3, dim3, size_t, void*, const A&...) const {}
+};
 class Replay {
  public:
   Replay(std::function<void(void*)> launches, void*) : launches_(std::move(launches)) {}
@@ -37,10 +49,13 @@ class Replay {
 
 #define TSR_DYNAMIC_SHARED(T, name) EMU_DYNAMIC_SHARED(T, name)
 #else
-#include <cuda_runtime.h>
+#define TSR_DYNAMIC_SHARED(T, name)                                    \
+  extern __shared__ __align__(128) unsigned char tsr_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(tsr_dynamic_shared)
+#endif
 
-#include <stdexcept>
-#include <string>
+#if !defined(TSR_EMU) && !defined(__CUDACC_RTC__)
+#include <cuda_runtime.h>
 
 namespace tsr {
 
@@ -81,6 +96,39 @@ struct DeviceTraits {
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
     capability = 10 * major + minor;
   }
+};
+
+// A kernel that was compiled while the program runs: `symbol` of a cubin. Stays loaded for good: it may be running, or
+// be part of a graph. The constructor makes the current device take it, so that a cubin for another GPU is found out
+// there.
+class LoadedKernel {
+ public:
+  LoadedKernel(const void* cubin, const char* symbol) {
+#if CUDART_VERSION >= 12080
+    cudaLibrary_t library;
+    check(cudaLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading a kernel");
+    cudaKernel_t kernel;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaLibraryGetKernel(&kernel, library, symbol);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) cudaLibraryUnload(library);
+    check(error, "loading a kernel");
+    kernel_ = kernel;
+#else
+    (void)cubin, (void)symbol;
+    throw std::runtime_error("tsrfast: loading a kernel: built with a CUDA toolkit older than 12.8, which cannot");
+#endif
+  }
+  template <class... A>  // exactly the kernel's parameters
+  void operator()(dim3 grid, dim3 block, size_t smem, void* stream, const A&... args) const {
+    check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem)),
+          "shared memory for a kernel");
+    void* addresses[] = {const_cast<A*>(&args)...};
+    check(cudaLaunchKernel(kernel_, grid, block, addresses, smem, static_cast<cudaStream_t>(stream)), "kernel launch");
+  }
+
+ private:
+  const void* kernel_ = nullptr;
 };
 
 // Launches that are repeated with the same arguments: captured once as a graph, on a stream of its own. Where the
@@ -133,10 +181,6 @@ class Replay {
 };
 
 }  // namespace tsr
-
-#define TSR_DYNAMIC_SHARED(T, name)                                    \
-  extern __shared__ __align__(128) unsigned char tsr_dynamic_shared[]; \
-  T* name = reinterpret_cast<T*>(tsr_dynamic_shared)
 #endif
 
 namespace tsr {

@@ -18,8 +18,6 @@
 #ifdef TSR_EMU
 #include "emu/tensor.h"
 #else
-#include <cuda_fp16.h>
-
 #define TSR_DEVICE static __device__ __forceinline__
 
 namespace tsr {
@@ -127,8 +125,16 @@ TSR_DEVICE uint32_t pack_bf16(float lo, float hi) {
 TSR_DEVICE void unpack_f16(uint32_t p, float& lo, float& hi) {
   asm("{.reg .f16 l,h; mov.b32 {l,h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(lo), "=f"(hi) : "r"(p));
 }
-TSR_DEVICE float half_bits_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
-TSR_DEVICE uint16_t float_to_half_bits(float f) { return __half_as_ushort(__float2half_rn(f)); }
+TSR_DEVICE float half_bits_to_float(uint16_t h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+TSR_DEVICE uint16_t float_to_half_bits(float f) {
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
 
 // Bit 15 spread over the lower half, bit 31 over the upper one.
 TSR_DEVICE uint32_t sign_masks(uint32_t m) {
@@ -143,10 +149,11 @@ TSR_DEVICE void copy_async_16(Shared to, const void* from, bool there = true) {
   const int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-// The same of 4 or 8 bytes; both addresses are multiples of that.
+// The same of 4, 8 or 16 bytes through the first-level cache, which copy_async_16 goes past; both addresses are
+// multiples of that.
 template <int kBytes>
-TSR_DEVICE void copy_async_few(Shared to, const void* from, bool there = true) {
-  static_assert(kBytes == 4 || kBytes == 8, "16 bytes go past the first-level cache: copy_async_16");
+TSR_DEVICE void copy_async_cached(Shared to, const void* from, bool there = true) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "");
   const int bytes = there ? kBytes : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes)
                : "memory");

@@ -92,6 +92,7 @@ enum Wait : uint8_t { RUN, BLOCK, WARP, DONE };
 struct Fiber {
   void* sp = nullptr;
   Wait wait = RUN;
+  bool spins = false;  // runs, but only to look again: it must not keep a warp that is starved from running
   uint64_t slot[4];
   uint32_t mask = 0;
   int op = 0;
@@ -285,8 +286,8 @@ inline void run_block(const std::function<void()>& body) {
       }
       if (B.f[t].wait == RUN) {
         B.cur = t;
-        others += t / 32 != victim;
         emu_switch(&B.main_sp, B.f[t].sp);
+        others += t / 32 != victim && !B.f[t].spins;
         ++ran;
       }
       if (B.error) {

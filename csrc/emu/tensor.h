@@ -266,7 +266,8 @@ TSR_DEVICE uint32_t round_tf32(float v) {
 
 TSR_DEVICE uint32_t pack_f16(float lo, float hi) { return emu::half_bits(lo) | uint32_t(emu::half_bits(hi)) << 16; }
 TSR_DEVICE uint32_t pack_f16_relu(float lo, float hi) {
-  return pack_f16(lo > 0 || lo != lo ? lo : 0.f, hi > 0 || hi != hi ? hi : 0.f);
+  const auto relu = [](float v) -> uint32_t { return v > 0 ? emu::half_bits(v) : v != v ? 0x7fffu : 0u; };
+  return relu(lo) | relu(hi) << 16;
 }
 TSR_DEVICE uint32_t pack_bf16(float lo, float hi) {
   return __float2bfloat16(lo).bits | uint32_t(__float2bfloat16(hi).bits) << 16;
@@ -291,8 +292,8 @@ TSR_DEVICE void copy_async(Shared to, const void* from, bool there, uint32_t byt
 }
 TSR_DEVICE void copy_async_16(Shared to, const void* from, bool there = true) { copy_async(to, from, there, 16); }
 template <int kBytes>
-TSR_DEVICE void copy_async_few(Shared to, const void* from, bool there = true) {
-  static_assert(kBytes == 4 || kBytes == 8, "");
+TSR_DEVICE void copy_async_cached(Shared to, const void* from, bool there = true) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "");
   copy_async(to, from, there, kBytes);
 }
 TSR_DEVICE void copy_async_commit() { emu::background().groups[emu::B.cur].emplace_back(); }
@@ -329,7 +330,9 @@ TSR_DEVICE void barrier_wait(Shared b, uint32_t parity) {
       }
     if (emu::barrier(b).parity != parity) return;
     if (turns > 1000000) emu::die_at("deadlock: nobody completes the phase of a barrier", b);
+    emu::B.f[emu::B.cur].spins = true;
     emu::yield(emu::RUN);
+    emu::B.f[emu::B.cur].spins = false;
   }
 }
 TSR_DEVICE void copy_bulk(Shared to, const void* from, uint32_t bytes, Shared b) {

@@ -213,13 +213,17 @@ __global__ void copy_async_16_check(const uint32_t* bits, const float*, uint32_t
   copy_async_wait<0>();
   load_u32x4(o[4], o[5], o[6], o[7], second);
 }
-// Of 4 bytes and of 8, in one group.
-__global__ void copy_async_few_check(const uint32_t* bits, const float*, uint32_t* out) {
+// Of 4 bytes, of 8 and of 16, in one group.
+__global__ void copy_async_cached_check(const uint32_t* bits, const float*, uint32_t* out) {
   const Shared s = fill(bits), to = own(s);
-  copy_async_few<4>(to, bits + somewhere(bits, 4) / 4, threadIdx.x % 3 != 0);
-  copy_async_few<8>(to + 8, bits + somewhere(bits, 8) / 4, threadIdx.x % 5 != 0);
+  copy_async_cached<4>(to, bits + somewhere(bits, 4) / 4, threadIdx.x % 3 != 0);
+  copy_async_cached<8>(to + 8, bits + somewhere(bits, 8) / 4, threadIdx.x % 5 != 0);
+  const Shared second = to + 16 * kThreads;
+  copy_async_cached<16>(second, bits + somewhere(bits, 16) / 4, threadIdx.x % 3 != 0);
   copy_async_commit();
   copy_async_wait<0>();
+  uint32_t* const o = out + 4 * kThreads + 4 * threadIdx.x;
+  load_u32x4(o[0], o[1], o[2], o[3], second);
   read_all(s, out);
 }
 
@@ -294,7 +298,7 @@ const Check kChecks[] = {
     {"round_tf32", round_tf32_check, kWords},
     {"sign_masks", sign_masks_check, kWords},
     {"copy_async_16", copy_async_16_check, 8 * kThreads},
-    {"copy_async_few", copy_async_few_check, 4 * kThreads},
+    {"copy_async_cached", copy_async_cached_check, 8 * kThreads},
     {"copy_bulk", copy_bulk_check, 2 * kWords, 90},
     {"count_up", count_up_check, kThreads},
 };

@@ -196,7 +196,7 @@ def definitions(bits: np.ndarray, value: np.ndarray) -> Words:
         "round_tf32": tf32(value),
         "sign_masks": pairs(*((halves[:, k] >> 15).astype(np.uint32) * 0xFFFF for k in (0, 1))),
         "copy_async_16": np.concatenate([copied, bits[: 4 * THREADS].reshape(THREADS, 4)], 1).reshape(-1),
-        "copy_async_few": few.reshape(-1),
+        "copy_async_cached": np.concatenate([few.reshape(-1), copied.reshape(-1)]),
         "copy_bulk": np.concatenate([swapped, again]),
         "count_up": np.sort(thread % 6),
     }

@@ -1,6 +1,7 @@
 """Small ReLU networks compiled for native code: `compile` makes a `Chain` of a module, or says why it cannot."""
 
 from tsrfast.chain.chain import Chain, automatic, compile, logits
+from tsrfast.chain.fusing import FusedKernel, fuse, precompile
 from tsrfast.chain.gradient import Differentiable
 
-__all__ = ["Chain", "Differentiable", "automatic", "compile", "logits"]
+__all__ = ["Chain", "Differentiable", "FusedKernel", "automatic", "compile", "fuse", "logits", "precompile"]
