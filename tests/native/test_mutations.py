@@ -1,4 +1,4 @@
-"""Typical CUDA mistakes, planted one at a time: does emu_check (sanitized, threads in random order) notice each?
+"""Typical CUDA mistakes, planted one at a time: does the check of that kernel (sanitized, threads in random order) notice each?
 
 Slow (it compiles): pytest -m slow tests/native/test_mutations.py
 """
@@ -17,7 +17,8 @@ import pytest
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-OPS = ["channel_correlation", "hyperplane_projection", "pgd_step", "philox_uniform", "relu_gate"]
+# What holds the kernels of a file against the CPU, by the beginning of the file's name. "": all others.
+CHECKS = {"chain_fused": "fused_check", "chain": "layers_check", "": "emu_check"}
 
 
 class Fault(NamedTuple):
@@ -74,6 +75,44 @@ FAULTS = {
     ),
     "counter of the wrong image": Fault("philox_uniform.cu", "a.index[i]", "a.index[0]"),
     "last block unguarded": Fault("philox_uniform.cu", "if (j + k < a.d) a.out", "a.out"),
+    # layer by layer
+    "next stage read before all have written": Fault("chain_gemm.cuh", "    __syncthreads();  // everyone", "    // everyone"),
+    "gate bit of another channel": Fault("chain_gemm.cuh", "open >> (first + 1) & 1, y", "open >> first & 1, y"),
+    "gates of another image": Fault("chain_layers.cuh", "f.gates + image / f.sharing * groups", "f.gates + image * groups"),
+    "waits for one copy too few": Fault(
+        "chain_gemm.cuh", "copy_async_wait<T::stages - 2>();", "copy_async_wait<T::stages - 1>();"
+    ),
+    "a step's count taken twice": Fault("chain_attack.cuh", "  c.bad[l] = 0;\n}", "}"),
+    # the whole attack in one kernel
+    "layer begun before the one below is done": Fault(
+        "chain_fused_layers.cuh",
+        "gates + kGates, floats + kBias, warp, ring);\n    __syncthreads();",
+        "gates + kGates, floats + kBias, warp, ring);",
+    ),
+    "ring goes on after an early stop": Fault("chain_fused.cuh", "        ring.restart();\n", ""),
+    "stage refilled while a warp reads it": Fault(
+        "chain_fused_layers.cuh",
+        "count_up(counter(stage), kWarps - 1) == kWarps - 1",
+        "count_up(counter(stage), kWarps - 1) == kWarps - 2",
+    ),
+    "gate of the neighbouring pair": Fault(
+        "chain_fused_layers.cuh", "sign_masks(word << (pairs - 1 - pair))", "sign_masks(word << (pairs - pair))"
+    ),
+    "no zeros behind the last pixel": Fault(
+        "chain_fused_layers.cuh", "if (Conv::kNTiles % 2 && threadIdx.x < 4)", "if (false && threadIdx.x < 4)"
+    ),
+    "no barrier between the networks": Fault(
+        "chain_fused.cuh", "if (I::Teacher::kDepth % 2) __syncthreads();", "if (false) __syncthreads();"
+    ),
+    "the last iterate for the best": Fault("chain_fused.cuh", "a.keep_best ? better : done", "done"),
+    "warps without a tile store": Fault(
+        "chain_fused_layers.cuh",
+        "static constexpr bool kHollow = kShort < kWarps && kLastPass == 1;",
+        "static constexpr bool kHollow = false;",
+    ),
+    "tap mask of the other half": Fault(
+        "chain_fused_layers.cuh", "(kx == next ? inside[t] : inside[t] >> upper)", "(inside[t])"
+    ),
 }
 
 
@@ -89,13 +128,25 @@ def compiled(source: Path, to: Path, *include: Path) -> Path:
 def outcome(objects: list[Path], program: Path) -> str:
     """What went wrong in some order of threads, or nothing."""
     subprocess.run(["g++", "-fopenmp", "-fsanitize=address,undefined", *map(str, objects), "-o", str(program)], check=True)
-    for order in ("forward", "random"):
+    for order in ("random", "forward"):
         env = {**os.environ, "EMU_ORDER": order}
-        run = subprocess.run([str(program)], capture_output=True, text=True, env=env, timeout=300)
+        run = subprocess.run([str(program)], capture_output=True, text=True, env=env, timeout=600)
         if run.returncode:
             said = (run.stderr + run.stdout).splitlines()
             return next((s for s in said if re.search("ERROR|runtime error|emu:|cuda ", s)), said[-1] if said else "killed")
     return ""
+
+
+def units_that_include(file: str) -> list[str]:
+    """Names of the .cu files that are `file` or include it, through others too."""
+
+    def reaches(source: Path, seen: set[str]) -> bool:
+        if source.name == file:
+            return True
+        inside = [n for n in re.findall(r'#include "cuda/([^"]+)"', source.read_text()) if n not in seen]
+        return any(reaches(CSRC / "cuda" / name, seen | set(inside)) for name in inside)
+
+    return [source.name for source in sorted((CSRC / "cuda").glob("*.cu")) if reaches(source, set())]
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +155,18 @@ def sound(tmp_path_factory) -> dict[str, Path]:
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("sound")
-    sources = {f"{op}.cu": CSRC / "cuda" / f"{op}.cu" for op in OPS}
-    sources |= {f"{op}.cpp": CSRC / "cpu" / f"{op}.cpp" for op in (*OPS, "isa")}
-    sources["emu_check.cpp"] = ROOT / "tests" / "native" / "emu_check.cpp"
-    return {name: compiled(source, folder / f"{name}.o") for name, source in sources.items()}
+    sources = list((CSRC / "cuda").glob("*.cu")) + [f for f in (CSRC / "cpu").glob("*.cpp") if "_avx" not in f.name]
+    sources += [ROOT / "tests" / "native" / f"{check}.cpp" for check in set(CHECKS.values())]
+    return {source.name: compiled(source, folder / f"{source.name}.o") for source in sources}
 
 
-def test_control_passes(sound, tmp_path):
-    assert outcome(list(sound.values()), tmp_path / "check") == ""
+def program_of(check: str, objects: dict[str, Path]) -> list[Path]:
+    return [o for name, o in objects.items() if not name.endswith("_check.cpp") or name == f"{check}.cpp"]
+
+
+@pytest.mark.parametrize("check", sorted(set(CHECKS.values())))
+def test_control_passes(check, sound, tmp_path):
+    assert outcome(program_of(check, sound), tmp_path / "check") == ""
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -122,13 +177,11 @@ def test_fault_is_noticed(name, sound, tmp_path):
     (tmp_path / "cuda").mkdir()
     mutant = tmp_path / "cuda" / fault.file
     mutant.write_text(text.replace(fault.right, fault.wrong, 1))
-    changed = [f"{op}.cu" for op in OPS if f"{op}.cu" == fault.file]
-    if fault.file.endswith(".cuh"):  # included by name: the mutated copy comes first
-        changed = [f"{op}.cu" for op in OPS if f"cuda/{fault.file}" in (CSRC / "cuda" / f"{op}.cu").read_text()]
+    check = next(check for beginning, check in CHECKS.items() if fault.file.startswith(beginning))
     objects = dict(sound)
-    for unit in changed:
+    for unit in units_that_include(fault.file):  # included by name: the mutated copy comes first
         source = mutant if unit == fault.file else CSRC / "cuda" / unit
         objects[unit] = compiled(source, tmp_path / f"{unit}.o", tmp_path)
-    said = outcome(list(objects.values()), tmp_path / "check")
+    said = outcome(program_of(check, objects), tmp_path / "check")
     print(f"{name}: {said}")
     assert said, "not noticed"

@@ -169,8 +169,12 @@ def check_plan(made, n, name, precision, tolerance):
     with engine(name) as device:
         net = made.on(device)
         outputs = ops.chain_forward(x.to(device), *net, every, precision=precision)
-        for got, exact in zip(outputs, reference.chain_forward(x.double(), *made.exact, every), strict=True):
-            close(got.cpu(), exact, tolerance)
+        exact = reference.chain_forward(x.double(), *made.exact, every)
+        size = 0.0
+        for got, truth in zip(outputs, exact, strict=True):
+            # In float16 an output may be small only because large terms cancel: relative to the largest so far.
+            size = max(size, float(truth.abs().max())) if precision == "float16" else float(truth.abs().max())
+            close(got.cpu(), truth, tolerance * size / max(float(truth.abs().max()), 1e-3) if size > 1e-3 else tolerance)
         if open_gates(made, x, tolerance):
             cotangent = torch.randn(n, 2, math.prod(made.shape), generator=generator(1))
             for layer in (-1, len(every) // 2, len(every) - 1):
@@ -189,7 +193,7 @@ def test_is_the_reference(isa_level, made, n):
 # float16 rounds every activation and weight to 11 bits: 5e-4 a factor, some of them in a row.
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("split", 1e-5), ("float16", 4e-3)])
 @pytest.mark.parametrize("name", ON_CUDA)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(builders(), st.sampled_from([1, 3, 17]))
 def test_is_the_reference_on_cuda(name, precision, tolerance, made, n):
     check_plan(made, n, name, precision, tolerance)
@@ -321,7 +325,8 @@ def test_attack_is_the_reference(norm, name):
 @pytest.mark.parametrize("judge", [False, True])
 def test_bookkeeping(keep, early_stop, judge, device):
     s, t = near_pair()
-    x = images(s, 33)
+    n = 33 if _native.emulator is None else 9  # emulated, an image takes its time
+    x = images(s, n)
     kw = {
         "keep": keep,
         "early_stop": early_stop,
@@ -336,7 +341,7 @@ def test_bookkeeping(keep, early_stop, judge, device):
     assert torch.equal(got.queries, truth.queries)
     assert torch.equal(got.loss.isnan(), truth.loss.isnan())
     if early_stop or judge or keep == "best":
-        assert 0 < int(got.adversarial.sum()) < 33
+        assert 0 < int(got.adversarial.sum()) < n
         close(got.loss, truth.loss, 1e-2)
     assert ((got.x - truth.x).abs() > 1e-4).float().mean() <= 0.01
     assert ((got.iterates - truth.iterates).abs() > 1e-4).float().mean() <= 0.01
@@ -374,15 +379,15 @@ def test_bits_depend_on_the_image_alone(name):
 @pytest.mark.parametrize("name", ON_CUDA)
 def test_bits_depend_on_the_image_alone_on_cuda(name, precision):
     s, t = near_pair()
-    x = images(s, 7)
-    kw = {"loss": "oracle_l2", "early_stop": True, "keep": "best", "eps": 0.01, "step_size": 0.004, "steps": 3}
-    cotangent = torch.randn(7, 1, 10, generator=generator())
+    x = images(s, 4)
+    kw = {"loss": "oracle_l2", "early_stop": True, "keep": "best", "eps": 0.01, "step_size": 0.004, "steps": 2}
+    cotangent = torch.randn(4, 1, 10, generator=generator())
     with engine(name) as device:
         kw |= {"device": device, "precision": precision}
         net, whole = s.on(device), attack(x, s, t, **kw)
         forward = ops.chain_forward(x.to(device), *net, [1, 3], precision=precision)
         gradient = ops.chain_gradient(x.to(device), *net, cotangent.to(device), precision=precision)
-        for n in (1, 3):
+        for n in (1, 3):  # and what is left
             parts = [attack(part, s, t, **kw) for part in x.split(n)]
             for k in range(6):
                 assert torch.equal(torch.cat([p[k] for p in parts]), whole[k])

@@ -96,7 +96,10 @@ def choose(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None) -> tuple[
         plans = [chain.plan for chain in chains]
         if not has_fused_kernel(plans[0], plans[1] if len(plans) > 1 else None, recipe.loss.name, recipe.threat.norm):
             route, chains = (
-                Route("eager", "there is no fused kernel for these networks (tsrfast.chain.fuse may make one; engine='chain' runs them layer by layer)"),
+                Route(
+                    "eager",
+                    "there is no fused kernel for these networks (tsrfast.chain.fuse may make one; engine='chain' runs them layer by layer)",
+                ),
                 None,
             )
     if recipe.precision != "auto" and chains is None:
