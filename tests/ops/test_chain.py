@@ -436,6 +436,18 @@ def test_no_images(device):
     assert ops.chain_gradient(x, *net, torch.zeros(0, 1, 10, device=device)).shape == (0, 1, 3, 16, 16)
 
 
+def test_addresses_need_no_alignment(device):
+    """Images that begin in the middle of 16 bytes, as a slice of a flat buffer does."""
+    s, t = pair()
+    x = images(s, 3).to(device)
+    flat = torch.zeros(x.numel() + 1, device=device)
+    moved = flat[1:].copy_(x.flatten()).view(x.shape)
+    assert moved.data_ptr() % 16
+    assert torch.equal(ops.chain_forward(moved, *s.on(device), [3])[0], ops.chain_forward(x, *s.on(device), [3])[0])
+    kw = {"loss": "oracle_l2", "steps": 1, "device": device}
+    assert torch.equal(attack(moved, s, t, **kw).x, attack(x, s, t, **kw).x)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_broken_parameters_are_counted(poison, device):
     s, t = pair()
