@@ -58,6 +58,7 @@ def call(name: str, like: torch.Tensor, *args: int | float | list[int]) -> None:
         getattr(_C.cpu, name)(*args, torch.get_num_threads())
     elif like.is_cuda:
         check_cuda(name)
-        getattr(_C.cuda, name)(*args, like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
+        with torch.cuda.device(like.device):  # torch's guard: going back, C++'s own would set up a GPU that nobody uses
+            getattr(_C.cuda, name)(*args, like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
     else:
         raise EnvironmentFault(f"tsrfast.{name}: no kernel for device {like.device} (there are cpu and cuda)")

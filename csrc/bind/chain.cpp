@@ -194,10 +194,10 @@ void bind_cuda(py::module_& cuda) {
     tsr::chain_map_cuda(p, at<int32_t>(map, values, "map"));
   });
   cuda.def("chain_fused_covers", [](Address student, int64_t student_records, Address teacher, int64_t teacher_records,
-                                    int criterion, int norm) {
+                                    int criterion, int norm, int device) {
     return tsr::chain_fused_covers(checked_plan(student, student_records, INT64_MAX, "student"),
                                    checked_plan(teacher, teacher_records, INT64_MAX, "teacher"),
-                                   tsr::ChainLoss(criterion), tsr::Norm(norm));
+                                   tsr::ChainLoss(criterion), tsr::Norm(norm), device);
   });
   bind_fused(cuda);
   cuda.def("chain_workspace", [](Address student, int64_t student_records, Address teacher, int64_t teacher_records,

@@ -23,8 +23,8 @@ struct ChainFusedNet {
   const float* floats;
   const void* hi;
 };
-// Is there a kernel for this attack? Never depends on the number of images.
-bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm norm);
+// Is there a kernel for this attack on that device? Never depends on the number of images.
+bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm norm, int device);
 int64_t chain_fused_workspace(const ChainPlan& student, const ChainPlan& teacher, int64_t n);
 // args.student.packed and args.teacher.packed are not looked at.
 void chain_fused_pgd(const ChainPgd& args, const ChainFusedNet& student, const ChainFusedNet& teacher, int device,

@@ -197,8 +197,7 @@ void launch_columns(const Product& p, int64_t pieces, void* stream) {
 void launch_product(Product p, float* partial, void* stream) {
   const Finish finish = p.finish;
   const float* const bias = p.bias;
-  p.piece = piece_of(p.depth, p.columns);
-  const int64_t pieces = pieces_of(p.depth, p.columns);
+  const int64_t pieces = (p.depth + p.piece - 1) / p.piece;
   if (pieces > 1) p.finish = {{partial, nullptr, Precision::float32}, nullptr, nullptr, 1, false}, p.bias = nullptr;
   switch (p.a.as) {
     case Precision::float32:
@@ -415,11 +414,13 @@ class Net {
       p.rows = images, p.pixels = 1;
       p.columns = forward ? out : deep;
       p.depth = p.channels = forward ? deep : out;
+      p.piece = piece_of(p.depth, p.columns);
       return p;
     }
     const Shape &from = forward ? l.in : l.out, &to = forward ? l.out : l.in;
     p.rows = images * to.pixels(), p.pixels = to.pixels(), p.columns = to.channels();
     p.channels = from.channels(), p.depth = r.kh * r.kw * p.channels;
+    p.piece = round_up(p.depth, 32);  // in one: it has rows enough, and no room for pieces
     p.width = int(to.w), p.taps_w = int(r.kw), p.source_h = int(from.h), p.source_w = int(from.w);
     p.first_y = int(forward ? -r.ph : r.ph), p.first_x = int(forward ? -r.pw : r.pw);
     (forward ? p.step_y : p.every_y) = int(r.sh);
@@ -484,7 +485,7 @@ class Attack {
       --left;
     }
     if (left && images != captured_) {
-      replay_ = std::make_unique<Replay>([&](void* to) { step(images, to); }, stream);
+      replay_ = std::make_unique<Replay>([this, images](void* to) { step(images, to); }, stream);
       captured_ = images;
     }
     for (; left; --left) (*replay_)(stream);
@@ -610,7 +611,7 @@ void chain_pgd_cuda(const ChainPgd& a, Precision precision, int device, void* st
   DeviceGuard guard(device);
   const ChainPlan &student = a.student.plan, &teacher = a.teacher.plan;
   if (precision == Precision::float16 && fusible(student) && fusible(teacher) &&
-      chain_fused_covers(student, teacher, a.criterion, a.norm))
+      chain_fused_covers(student, teacher, a.criterion, a.norm, device))
     return chain_fused_pgd(a, fused_net(a.student), fused_net(a.teacher), device, stream);
   Attack(a, precision, device)(stream);
 }

@@ -203,9 +203,11 @@ void chain_fused_map(const ChainPlan& plan, int32_t* floats, int32_t* hi) {
   map_linear(plan, s, map_backward(plan, s, map_forward(plan, s, hi)));
 }
 
-bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm) {
+bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm, int device) {
   const Pair p = read_by(student, teacher, criterion);
-  return p.student.depth && (find_entry(p) || is_loaded(p.teacher, p.student, kAnyCapability));
+  if (!p.student.depth || !(find_entry(p) || is_loaded(p.teacher, p.student, kAnyCapability))) return false;
+  const DeviceTraits traits(device);
+  return traits.capability >= kLeastCapability && traits.shared >= map_of(p.teacher, p.student).bytes;
 }
 
 ChainFusedKernel chain_fused_kernel_of(const ChainPlan& student, const ChainPlan& teacher) {

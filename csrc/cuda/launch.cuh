@@ -23,7 +23,7 @@ struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 struct DeviceTraits {
-  int capability = 90, multiprocessors = 2;
+  int capability = 90, multiprocessors = 2, shared = 232448;
   explicit DeviceTraits(int) {}
 };
 class LoadedKernel {  // there are none
@@ -60,9 +60,9 @@ class Replay {
 namespace tsr {
 
 inline void check(cudaError_t e, const char* what) {
-  if (e != cudaSuccess)
-    throw std::runtime_error(std::string("tsrfast: ") + what + ": " + cudaGetErrorName(e) + ": " +
-                             cudaGetErrorString(e));
+  if (e == cudaSuccess) return;
+  cudaGetLastError();  // else this thread's next launch would report it once more
+  throw std::runtime_error(std::string("tsrfast: ") + what + ": " + cudaGetErrorName(e) + ": " + cudaGetErrorString(e));
 }
 
 template <class... P, class... A>
@@ -77,23 +77,26 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stre
 
 // Makes `device` current for a scope.
 struct DeviceGuard {
-  int old = 0;
-  explicit DeviceGuard(int device) {
+  int old = 0, now;
+  explicit DeviceGuard(int device) : now(device) {
     check(cudaGetDevice(&old), "cudaGetDevice");
     if (old != device) check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~DeviceGuard() { cudaSetDevice(old); }
+  ~DeviceGuard() {
+    if (old != now) cudaSetDevice(old);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 };
 
 struct DeviceTraits {
-  int capability, multiprocessors;  // capability: 90 for 9.0
+  int capability, multiprocessors, shared;  // capability: 90 for 9.0; shared: bytes that a block may ask for
   explicit DeviceTraits(int device) {
     int major, minor;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of a block");
     capability = 10 * major + minor;
   }
 };
@@ -168,6 +171,7 @@ class Replay {
     } catch (...) {
       cudaStreamEndCapture(stream.own, &graph);
       if (graph) cudaGraphDestroy(graph);
+      cudaGetLastError();  // of the capture that was given up
       throw;
     }
     check(cudaStreamEndCapture(stream.own, &graph), "cudaStreamEndCapture");

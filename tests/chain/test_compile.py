@@ -514,3 +514,15 @@ def test_network_is_left_alone(mode):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     for (name, a), b in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_first_compiled_in_inference_mode():
+    """What is kept between traces serves later ones outside of that mode."""
+    from tsrfast.chain import tracing
+
+    tracing._nan.cache_clear()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2))
+    with torch.inference_mode():
+        tsrfast.compile(model, image=(3, 4, 4))
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(tsrfast.compile(model, image=(3, 4, 4))(x), model(x).detach())

@@ -172,7 +172,7 @@ Result run(const Network& student, const Network& teacher, const Images& in, con
                    o.early_stop,
                    o.judge,
                    workspace.get()};
-  expect(chain_fused_covers(student.plan(), teacher.plan(), o.loss, o.norm), "no kernel covers this attack");
+  expect(chain_fused_covers(student.plan(), teacher.plan(), o.loss, o.norm, 0), "no kernel covers this attack");
   chain_fused_pgd(a, student.fused(), teacher.fused(), 0, nullptr);
   return r;
 }

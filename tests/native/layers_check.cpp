@@ -126,7 +126,7 @@ struct Network {
   int64_t c_, h_, w_;
 };
 
-constexpr int kNetworks = 6, kLinearOne = 5;
+constexpr int kNetworks = 7, kLinearOne = 5;
 
 Network network(uint64_t seed, int which) {
   switch (which) {
@@ -168,6 +168,12 @@ Network network(uint64_t seed, int which) {
           .add(K::linear, 12, {}, A::none)
           .add(K::affine, 0, {}, A::relu)
           .add(K::linear, 5, {}, A::leaky_relu)
+          .pack();
+    case 6:  // convolutions as deep as what linear layers do in pieces
+      return Network(seed, 3, 6, 6)
+          .add(K::conv, 130, {3, 3}, A::relu)
+          .add(K::conv, 9, {3, 3}, A::relu)
+          .add(K::linear, 4)
           .pack();
     default:  // kLinearOne: no gates, every precision must be near
       return Network(seed, 3, 8, 8)

@@ -94,7 +94,8 @@ def choose(recipe: Recipe, model: nn.Module | Chain, x: Tensor | None) -> tuple[
     own = any(isinstance(network, Chain) for network in networks)
     if chains is not None and x is not None and x.is_cuda and recipe.engine == "auto" and not own:
         plans = [chain.plan for chain in chains]
-        if not has_fused_kernel(plans[0], plans[1] if len(plans) > 1 else None, recipe.loss.name, recipe.threat.norm):
+        teacher = plans[1] if len(plans) > 1 else None
+        if not has_fused_kernel(plans[0], teacher, recipe.loss.name, recipe.threat.norm, x.device):
             route, chains = (
                 Route(
                     "eager",

@@ -33,7 +33,8 @@ BATCHES = 61, 4094, 1  # images in a trace: a network must not depend on their n
 # What is behind a value: should anything get at it all the same, it does not stay unnoticed.
 @lru_cache
 def _nan(device: torch.device) -> Tensor:
-    return torch.full((1,), torch.nan, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # it is kept: whoever comes first may be in that mode
+        return torch.full((1,), torch.nan, dtype=torch.float32, device=device)
 
 
 MODES = threading.RLock()  # held while modules are switched to eval mode and back

@@ -128,6 +128,8 @@ def _net(op: str, name: str, plan: Tensor, packed: Tensor) -> tuple[int, int, in
         raise InputError(f"tsrfast.{op}: {name}: {e}") from None
     if packed.numel() != size:
         raise InputError(f"tsrfast.{op}: packed must have the {size} values of {name}, got {packed.numel()}")
+    if _kernels(packed)[1] and packed.data_ptr() % 16:
+        raise InputError(f"tsrfast.{op}: packed must start at a multiple of 16 bytes, as chain_pack returns it")
     return plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel()
 
 
@@ -140,7 +142,7 @@ def _workspace(x: Tensor, plan: Tensor, teacher: Tensor | None = None, rows: int
     return torch.empty(kernels.chain_workspace(*plans) * torch.get_num_threads(), dtype=torch.uint8, device="cpu")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _map(rows: bytes, records: int, parameters: int, device: torch.device, emulated: bool) -> Tensor:
     """Which parameter each packed value of the CUDA engine is; a matter of the plan alone, so worked out once."""
     plan = torch.frombuffer(bytearray(rows), dtype=torch.int64)
@@ -164,7 +166,10 @@ def _pack(plan: Tensor, weights: Tensor) -> Tensor:
     args = [plan.data_ptr(), len(plan), weights.data_ptr(), weights.numel(), packed.data_ptr()]
     if on_cuda:
         rows = plan.numpy().tobytes()
-        where = _map(rows, len(plan), weights.numel(), weights.device, _native.emulator is not None)
+        try:
+            where = _map(rows, len(plan), weights.numel(), weights.device, _native.emulator is not None)
+        except ValueError as e:
+            raise InputError(f"tsrfast.{op}: {e}") from None
         args += [where.data_ptr(), where.numel()]
     _native.call(op, weights, *args)
     return packed
@@ -474,11 +479,17 @@ def chain_pgd(
     return ChainPGD(x, value_at, adversarial, closeness, bad, queries, every if iterates else None)
 
 
-def has_fused_kernel(student: Tensor, teacher: Tensor | None, loss: str, norm: str) -> bool:
-    """Whether `chain_pgd` in float16 on CUDA runs these plans' attack as one kernel (else layer by layer). False without CUDA kernels."""
+def has_fused_kernel(student: Tensor, teacher: Tensor | None, loss: str, norm: str, device: torch.device | None = None) -> bool:
+    """Whether `chain_pgd` in float16 on that GPU (None: the current one) runs these plans' attack as one kernel, else layer by layer.
+
+    False without CUDA kernels or a GPU.
+    """
     kernels = _native._C if _native.emulator is None else _native.emulator
-    if not kernels.with_cuda:
+    if not kernels.with_cuda or (_native.emulator is None and not torch.cuda.is_available()):
         return False
+    where = 0
+    if _native.emulator is None:
+        where = torch.cuda.current_device() if device is None or device.index is None else device.index
     plans = (student.data_ptr(), len(student), _address(teacher), 0 if teacher is None else len(teacher))
-    covers: bool = kernels.cuda.chain_fused_covers(*plans, LOSSES.index(loss), NORMS[norm])
+    covers: bool = kernels.cuda.chain_fused_covers(*plans, LOSSES.index(loss), NORMS[norm], where)
     return covers

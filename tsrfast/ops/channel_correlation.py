@@ -73,7 +73,7 @@ def _kernel(student: Tensor, teacher: Tensor) -> Tensor:
     if images <= 1 or all(x[0] == positions * x[2] for x in (s, t)):  # one long image: no seams to look out for
         images, positions = 1, images * positions
     shape = (images, student.shape[1], teacher.shape[1], positions, _native.DTYPES[student.dtype])
-    need = torch.empty((), dtype=torch.int64)
+    need = torch.empty((), dtype=torch.int64, device="cpu")
     _native.call("channel_correlation_workspace", student, need.data_ptr(), *shape)
     workspace = student.new_empty(int(need), dtype=torch.uint8)
     out = student.new_empty(_size(student, teacher), dtype=torch.float64)
