@@ -62,9 +62,12 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own
     return graph.replay
 
 

@@ -57,10 +57,11 @@ def machine() -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
+    changed = first_line("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "tsrfast": __version__,
         "commit": first_line("git", "rev-parse", "HEAD"),
-        "changed since": first_line("git", "status", "--porcelain", "--untracked-files=no") != "",
+        "changed since": None if changed is None else changed != "",
         "cuda kernels": _native._C.cuda_note,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -82,10 +83,10 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
     """{group: {implementation: median in us, ..., "ratio": {rival: its median / ours}, "GB/s": ours}}"""
     groups: dict[str, Any] = {}
     for one in sorted(measured, key=lambda b: (b["group"], b["name"])):
-        impl = next(part for part in one["param"].split("-") if re.fullmatch(r"torch\w*|tsrfast", part))
+        impl = next((part for part in one["param"].split("-") if re.fullmatch(r"torch\w*|copy", part)), "tsrfast")
         group = groups.setdefault(one["group"], {"median_us": {}, "ratio": {}})
         group["median_us"][impl] = float(f"{1e6 * one['stats']['median']:.4g}")
-        if impl == "tsrfast":
+        if impl in ("tsrfast", "copy"):
             group.update(one.get("extra_info", {}))
     for group in groups.values():
         ours = group["median_us"].get("tsrfast")

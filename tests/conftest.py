@@ -36,6 +36,19 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(before)
 
 
+@pytest.fixture(autouse=True)
+def _gpu_still_works() -> Iterator[None]:
+    """After a kernel's fault nothing works in its process: with -n, pytest starts another one for the next test."""
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            raise
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command line: call(words...) -> (exit code, standard output, standard error)."""
