@@ -205,9 +205,10 @@ void chain_fused_map(const ChainPlan& plan, int32_t* floats, int32_t* hi) {
 
 bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm, int device) {
   const Pair p = read_by(student, teacher, criterion);
-  if (!p.student.depth || !(find_entry(p) || is_loaded(p.teacher, p.student, kAnyCapability))) return false;
+  if (!p.student.depth) return false;
   const DeviceTraits traits(device);
-  return traits.capability >= kLeastCapability && traits.shared >= map_of(p.teacher, p.student).bytes;
+  return traits.capability >= kLeastCapability && traits.shared >= map_of(p.teacher, p.student).bytes &&
+         (find_entry(p) || is_loaded(p.teacher, p.student, traits.capability));
 }
 
 ChainFusedKernel chain_fused_kernel_of(const ChainPlan& student, const ChainPlan& teacher) {
@@ -226,7 +227,12 @@ void chain_fused_load(const ChainPlan& student, const ChainPlan& teacher, const 
                       int device) {
   const Pair p = pair_of(student, teacher);
   const DeviceGuard guard(device);
-  load(p.teacher, p.student, DeviceTraits(device).capability, cubin, symbol);
+  const DeviceTraits traits(device);
+  const int bytes = map_of(p.teacher, p.student).bytes;
+  if (traits.shared < bytes)
+    throw std::runtime_error("tsrfast: the fused kernel takes " + std::to_string(bytes) +
+                             " bytes of shared memory, a block of this GPU has " + std::to_string(traits.shared));
+  load(p.teacher, p.student, traits.capability, cubin, symbol);
 }
 
 int64_t chain_fused_workspace(const ChainPlan&, const ChainPlan&, int64_t) { return sizeof(unsigned long long); }
