@@ -16,11 +16,8 @@ IMAGE = (3, 8, 8)
 ATTACK = {"engine": "chain", "eps": 0.06, "step_size": 0.02, "steps": 3, "random_start": True}
 
 
-@pytest.fixture
-def on_cuda(device):
-    if device.type == "cpu" and _native.emulator is None:
-        pytest.skip("the CPU engine has one precision")
-    return device
+# The CPU engine has one precision.
+ON_CUDA = pytest.mark.parametrize("device", ["emu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 
 
 def images(n=6):
@@ -45,8 +42,9 @@ def run(device, noise, precision, x=None, **kw):
     return PGD(loss=OracleL2(teacher), precision=precision, **ATTACK, **kw).run(student, x.to(device), index=index)
 
 
-def test_students_far_away_are_attacked_in_float16(on_cuda):
-    auto, half, split = (run(on_cuda, 0.7, p) for p in ("auto", "float16", "split"))
+@ON_CUDA
+def test_students_far_away_are_attacked_in_float16(device):
+    auto, half, split = (run(device, 0.7, p) for p in ("auto", "float16", "split"))
     assert torch.equal(auto.x_adv, half.x_adv)
     assert not torch.equal(auto.x_adv, split.x_adv)  # so the comparison says something
     # What is said of them comes from a pass in split precision, which is one more query.
@@ -54,17 +52,19 @@ def test_students_far_away_are_attacked_in_float16(on_cuda):
     torch.testing.assert_close(auto.loss, half.loss, rtol=2e-2, atol=0)
 
 
-def test_near_students_are_attacked_in_split(on_cuda):
-    auto, half, split = (run(on_cuda, 0.01, p) for p in ("auto", "float16", "split"))
+@ON_CUDA
+def test_near_students_are_attacked_in_split(device):
+    auto, half, split = (run(device, 0.01, p) for p in ("auto", "float16", "split"))
     assert torch.equal(auto.x_adv, split.x_adv)
     assert not torch.equal(auto.x_adv, half.x_adv)
     assert torch.equal(auto.loss, split.loss)
 
 
-def test_each_image_decides_for_itself(on_cuda, monkeypatch):
+@ON_CUDA
+def test_each_image_decides_for_itself(device, monkeypatch):
     """Half of the images are near, by a bound between them; alone they fare the same."""
-    student, teacher = pair(on_cuda, 0.2)
-    x = images().to(on_cuda)
+    student, teacher = pair(device, 0.2)
+    x = images().to(device)
     with torch.no_grad():
         near = ((student(x) - teacher(x)).norm(dim=1) / teacher(x).norm(dim=1)).sort()
     monkeypatch.setattr(native, "NEAR", float(near.values[2:4].mean()))
@@ -78,8 +78,9 @@ def test_each_image_decides_for_itself(on_cuda, monkeypatch):
     assert torch.equal(torch.cat([attacks["auto"](student, x[i : i + 1]) for i in range(6)]), auto)
 
 
-def test_float32_is_the_cpu_engine_up_to_rounding(on_cuda):
-    got = run(on_cuda, 0.7, "float32")
+@ON_CUDA
+def test_float32_is_the_cpu_engine_up_to_rounding(device):
+    got = run(device, 0.7, "float32")
     plain = torch.device("cpu")
     before, _native.emulator = _native.emulator, None
     try:
@@ -92,12 +93,13 @@ def test_float32_is_the_cpu_engine_up_to_rounding(on_cuda):
     assert torch.equal(got.success.cpu(), want.success)
 
 
-def test_overflow_is_attacked_again(on_cuda):
+@ON_CUDA
+def test_overflow_is_attacked_again(device):
     """Activations beyond 65504 are infinite in float16, and in split, which is made of it; float32 takes them."""
-    student, _ = pair(on_cuda, 0.5)
+    student, _ = pair(device, 0.5)
     with torch.no_grad():
         student.convs[0].weight *= 3e5
-    x, y = images().to(on_cuda), torch.zeros(6, dtype=torch.int64, device=on_cuda)
+    x, y = images().to(device), torch.zeros(6, dtype=torch.int64, device=device)
     got = {p: PGD(loss=CrossEntropy(), precision=p, **ATTACK).run(student, x, y) for p in ("auto", "float16", "float32")}
     assert (got["float16"].bad_gradients > 0).all()
     assert (got["auto"].bad_gradients == 0).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 NATIVE = Path(__file__).resolve().parent
 sys.path.insert(0, str(NATIVE))
 import kernel_resources as resources  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt (binutils)")
 
 MANGLED = "_ZN3tsr55_GLOBAL__N__c838a993_22_channel_correlation_cu_67eb096326channel_correlation_kernelIfLi3ELi2EEEvNS_18ChannelCorrelationEl"
 LOG = f"""  [3/9] Building CUDA object CMakeFiles/_C.dir/csrc/cuda/channel_correlation.cu.o
