@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 from tsrfast.attacks import PGD, graph
 from tsrfast.errors import InputError
