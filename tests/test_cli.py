@@ -75,6 +75,23 @@ def test_run_and_report(call, tmp_path):
     assert (tmp_path / "run" / "report.html").read_bytes() == before
 
 
+def test_report_over_seeds(call, tmp_path):
+    for seed in (0, 1):
+        assert call("reproduce", *FAST, "--seed", str(seed), "--out", tmp_path / str(seed))[0] == 0
+    assert call("reproduce", *FAST, "--seed", "0", "--seed", "1", "--out", tmp_path / "both")[0] == 0
+    both = (tmp_path / "0", tmp_path / "1" / "results.json")
+    check_refusal(call("report", *both), 2, "--out: must be given with several results, got none")
+    assert call("report", *both, "--out", tmp_path / "joined")[:2] == (0, f"{tmp_path / 'joined' / 'report.html'}\n")
+    for name in os.listdir(tmp_path / "both" / "csv"):
+        assert (tmp_path / "joined" / "csv" / name).read_bytes() == (tmp_path / "both" / "csv" / name).read_bytes()
+    check_refusal(
+        call("report", tmp_path / "0", tmp_path / "0", "--out", tmp_path / "x"),
+        2,
+        r"different seeds, got \[0, 0\]",
+        tmp_path / "x",
+    )
+
+
 def test_help(call):
     code, out, _ = call("reproduce", "--help")
     assert code == 0
@@ -116,7 +133,8 @@ def test_help(call):
         (["--data", "synthetic:seed=x"], "NAME=INTEGER"),
         (["--device", "tpu"], r"unknown device 'tpu'.*\(allowed: cpu, cuda\)"),
         (["--device", "cuda:first"], "--device: must be cpu, cuda or cuda:N, got 'cuda:first'"),
-        (["--seed", "-1"], "--seed: must be 0 or more, got -1"),
+        (["--seed", "-1"], "--seed: must be 0 or more, each once, got -1"),
+        (["--seed", "1", "--seed", "1"], "--seed: must be 0 or more, each once, got 1, 1"),
     ],
 )
 def test_wrong_words(call, tmp_path, words, message):

@@ -50,7 +50,9 @@ def reproduce(
         "runs/reproduce"
     ),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of everything that is random; 0 if not given. Repeatable: means over all.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting of the preset: key=value, repeatable.")
     ] = None,
@@ -75,7 +77,7 @@ def reproduce(
 
     chosen, where = choose_preset(preset, set_ or []), choose_device(device)
     with _interruptible(), joined(where) as (ranks, mine):
-        job = (experiments or [], chosen, data, out, mine, seed, Reporter() if ranks.first else Quiet())
+        job = (experiments or [], chosen, data, out, mine, seed or [0], Reporter() if ranks.first else Quiet())
         said = make_plan(*job).text() if plan else run(*job, jobs=jobs, ranks=ranks)
         if ranks.first:
             print(said)
@@ -171,16 +173,27 @@ def evaluate(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A folder with results.json or evaluation.json.")]) -> None:
-    """Render the report of a results.json or evaluation.json again."""
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="A folder with results.json or evaluation.json; results.json files of several seeds.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; into the folder itself when not given.")] = None,
+) -> None:
+    """Render the report of a results.json or evaluation.json again; of several results.json, of different seeds, one over all."""
     from tsrfast import evaluation
     from tsrfast.suite.report import load_results, load_run, render
+    from tsrfast.suite.seeds import over_seeds
 
-    if (folder / "evaluation.json").exists() and not (folder / "results.json").exists():
-        record = evaluation.load_evaluation(folder / "evaluation.json")
-        print(evaluation.render(record, folder, run=load_run(folder / "run.json")))
-    else:
-        print(render(load_results(folder / "results.json"), folder, run=load_run(folder / "run.json")))
+    files = [f if f.is_file() else f / "results.json" for f in folders]
+    folder = out or files[0].parent
+    if len(files) > 1 and out is None:
+        raise InputError("--out: must be given with several results, got none")
+    if len(files) == 1 and not files[0].exists() and (folders[0] / "evaluation.json").exists():
+        record = evaluation.load_evaluation(folders[0] / "evaluation.json")
+        print(evaluation.render(record, out or folders[0], run=load_run(folders[0] / "run.json")))
+        return
+    run = load_run(files[0].parent / "run.json") if len(files) == 1 else None
+    print(render(over_seeds([load_results(f) for f in files]), folder, run=run))
 
 
 def _settings(given: Mapping[str, str | int | None]) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ def test_numbers_that_are_not_defined_are_null(tmp_path, monkeypatch):
 def test_wrong_names_are_refused_before_anything_is_made(tmp_path):
     with pytest.raises(InputError, match="unknown experiment 'fig1'; did you mean 'fig"):
         run(["fig2", "fig1"], tmp_path / "out")
-    with pytest.raises(InputError, match="--seed: must be 0 or more, got -1"):
+    with pytest.raises(InputError, match="--seed: must be 0 or more, each once, got -1"):
         run([], tmp_path / "out", seed=-1)
     assert not (tmp_path / "out").exists()
 

@@ -93,6 +93,12 @@ def integer(value: Any, where: str) -> Any:
     return is_a(value, int, "a whole number", where)
 
 
+def integers(value: Any, where: str) -> Any:
+    for i, one in enumerate(value if isinstance(value, list) else []):
+        integer(one, f"{where}[{i}]")
+    return value if isinstance(value, list) and value else integer(value, where)
+
+
 def number(value: Any, where: str) -> Any:
     is_a(value, (int, float), "a number", where)
     try:

@@ -32,6 +32,7 @@ from tsrfast.suite.lab import Lab, Student
 from tsrfast.suite.modes import MODES
 from tsrfast.suite.presets import Preset
 from tsrfast.suite.report import load_run
+from tsrfast.suite.seeds import checked_seeds
 from tsrfast.suite.stages import MEAN, STD
 from tsrfast.suite.store import Artifact, Store
 
@@ -128,7 +129,13 @@ class Plan:
 
 
 def plan(
-    experiments: list[str], preset: Preset, data_spec: str, out: Path, device: torch.device, seed: int, reporter: Reporter
+    experiments: list[str],
+    preset: Preset,
+    data_spec: str,
+    out: Path,
+    device: torch.device,
+    seed: int | Sequence[int],
+    reporter: Reporter,
 ) -> Plan:
     """What `tsrfast.suite.reproduce.reproduce` with the same arguments would do. Nothing is written to `out`.
 
@@ -136,16 +143,17 @@ def plan(
     themselves on this device.
 
     Raises:
-        InputError: unknown experiment, unusable data.
+        InputError: unknown experiment, no seed, a negative one or one twice, unusable data.
         EnvironmentFault: no room for temporary files.
     """
-    names = chosen(experiments, seed)
+    names, seeds = chosen(experiments), checked_seeds(seed)
     with reporter.task("data"):
         data = load(data_spec, train=preset.train_images, test=preset.test_images)
     with tempfile.TemporaryDirectory() as temporary:
         listed = StandIns(Path(temporary), data, preset, out / "store")
         try:
-            walk(names, listed.lab(seed, device), listed)
+            for one in seeds:
+                walk(names, listed.lab(one, device), listed)
         finally:
             listed.close()
     stages = tuple(listed.planned.values())
@@ -153,11 +161,11 @@ def plan(
     rates = {kind: rate for kind, rate in recorded_rates(stages, out).items() if kind in wanted}
     if missing := [kind for kind in wanted if kind not in rates]:
         with reporter.task("measuring some steps"):
-            rates |= measured_rates(missing, names, data, preset, device, seed)
+            rates |= measured_rates(missing, names, data, preset, device, seeds[0])
     what = ", ".join(names) if len(names) < 6 else f"{len(names)} experiments"
     sizes = f"{data.name} ({len(data.train):,} + {len(data.test):,} images)"
     heading = (
-        f"Plan: {what}, preset {preset.name}, {sizes}, seed {seed}, on {describe_machine(device)['device']}. "
+        f"Plan: {what}, preset {preset.name}, {sizes}, seed {', '.join(map(str, seeds))}, on {describe_machine(device)['device']}. "
         "A stage is listed under the first experiment that asks for it."
     )
     return Plan(heading, tuple(names), stages, {kind: rates[kind] for kind in wanted})

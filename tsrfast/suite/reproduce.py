@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tsrfast.suite.lab import Lab
 from tsrfast.suite.presets import Preset
 from tsrfast.suite.processes import side_by_side
 from tsrfast.suite.report import load_results, load_run, render
+from tsrfast.suite.seeds import checked_seeds, over_seeds
 from tsrfast.suite.store import Store
 from tsrfast.training import ALONE, Ranks
 
@@ -42,7 +44,7 @@ def reproduce(
     data_spec: str,
     out: Path,
     device: torch.device,
-    seed: int,
+    seed: int | Sequence[int],
     reporter: Reporter,
     *,
     jobs: int = 1,
@@ -58,7 +60,8 @@ def reproduce(
         data_spec: see `tsrfast.data.load`.
         out: folder for results and, in `out`/store, artifacts.
         device: where to compute.
-        seed: of everything that is random; 0 or more.
+        seed: of everything that is random; 0 or more. Of several, each gets a folder `out`/seed_K with results and report of its own,
+            and those in `out` are over all of them (`tsrfast.suite.seeds.over_seeds`).
         reporter: where progress goes.
         jobs: processes of this machine in which independent stages are built side by side.
         ranks: processes that all make this call with equal arguments, and share every stage that can be split. The first one writes.
@@ -67,13 +70,14 @@ def reproduce(
         The path of the report.
 
     Raises:
-        InputError: unknown experiment, unusable data, `jobs` below 1, or several jobs and ranks at once.
+        InputError: unknown experiment, no seed, a negative one or one twice, unusable data, `jobs` below 1, or several jobs and ranks at once.
         EnvironmentFault: `out` cannot be written or is in use, or another process of this run was killed.
     """
     if jobs < 1 or (jobs > 1 and ranks.size > 1):
         raise InputError(f"--jobs: must be 1 or more, and 1 with torchrun, got {jobs} with {ranks.size} processes of torchrun")
-    names = chosen(experiments, seed)
-    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    seeds = checked_seeds(seed)
+    names = chosen(experiments)
+    started = _Start()
     store = Store(out / "store", ranks=ranks)  # before the data are read: an unusable folder is said at once
     try:
         if ranks.first:
@@ -84,38 +88,64 @@ def reproduce(
             reporter.say(
                 "generated images; for real ones: --data cifar10:PATH (batches folder, cifar-10-python.tar.gz or parquet files)"
             )
-        lab = Lab(data, preset, seed, device, store, reporter)
-        if jobs > 1:
-            side_by_side(lab, names, data_spec, jobs)
-        results = {
-            "schema": 1,
-            "tsrfast": tsrfast.__version__,
-            "preset": preset.name,
-            "seed": seed,
-            "data": {
-                "name": data.name,
-                "fingerprint": data.fingerprint,
-                "sizes": {"train": len(data.train), "test": len(data.test)},
-                "sources": [{"file": name, "sha256": digest} for name, digest in data.sources],
-                "notes": list(data.notes),
-            },
-            "device": device.type,
-            "settings": dataclasses.asdict(preset),
-            "experiments": {name: EXPERIMENTS[name](lab) for name in names},
-        }
+        results = []
+        for one in seeds:
+            began, logged = _Start(), len(store.log)
+            lab = Lab(data, preset, one, device, store, reporter)
+            if jobs > 1:
+                side_by_side(lab, names, data_spec, jobs)
+            results.append(_results(lab, names))
+            if ranks.first and len(seeds) > 1:
+                with reporter.task(f"report of seed {one}"):
+                    _write(results[-1], out / f"seed_{one}", began.run(store.log[logged:], device))
         if not ranks.first:
             return out / "report.html"
-        text = json.dumps(_without_nan(results), indent=1, allow_nan=False)
-        atomic_write(out / "results.json", text)
-        run: dict[str, Any] = {
-            "started": started,
-            "seconds": round(time.monotonic() - began, 1),
-            "stages": store.log,
+        with reporter.task("report"):
+            return _write(over_seeds(results), out, started.run(store.log, device))
+    finally:
+        store.close()
+
+
+def _results(lab: Lab, names: Sequence[str]) -> dict[str, Any]:
+    """What results.json holds, after all experiments have run."""
+    data = lab.data
+    results: dict[str, Any] = _without_nan({
+        "schema": 1,
+        "tsrfast": tsrfast.__version__,
+        "preset": lab.preset.name,
+        "seed": lab.seed,
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "sizes": {"train": len(data.train), "test": len(data.test)},
+            "sources": [{"file": name, "sha256": digest} for name, digest in data.sources],
+            "notes": list(data.notes),
+        },
+        "device": lab.device.type,
+        "settings": dataclasses.asdict(lab.preset),
+        "experiments": {name: EXPERIMENTS[name](lab) for name in names},
+    })  # fmt: skip
+    return results
+
+
+class _Start:
+    """When a run began; what run.json holds at its end."""
+
+    def __init__(self) -> None:
+        self._clock, self._started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def run(self, stages: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+        return {
+            "started": self._started,
+            "seconds": round(time.monotonic() - self._clock, 1),
+            "stages": list(stages),
             "machine": describe_machine(device),
             "command": " ".join(["tsrfast", *sys.argv[1:]]),
         }
-        atomic_write(out / "run.json", json.dumps(run, indent=1))
-        with reporter.task("report"):
-            return render(load_results(out / "results.json"), out, run=load_run(out / "run.json"))
-    finally:
-        store.close()
+
+
+def _write(results: dict[str, Any], folder: Path, run: dict[str, Any]) -> Path:
+    """results.json, run.json and the report, which is made from these files alone."""
+    atomic_write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    atomic_write(folder / "run.json", json.dumps(run, indent=1))
+    return render(load_results(folder / "results.json"), folder, run=load_run(folder / "run.json"))

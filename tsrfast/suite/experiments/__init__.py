@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tsrfast.errors import InputError, unknown
+from tsrfast.errors import unknown
 from tsrfast.suite.experiments import (
     fig2,
     fig3,
@@ -54,15 +54,13 @@ EXPERIMENTS: dict[str, Callable[[Lab], dict[str, Any]]] = {
 }
 
 
-def chosen(experiments: list[str], seed: int) -> list[str]:
+def chosen(experiments: list[str]) -> list[str]:
     """The names of the experiments to run: `experiments`, or all.
 
     Raises:
-        InputError: unknown experiment, negative seed.
+        InputError: unknown experiment.
     """
     for name in experiments:
         if name not in EXPERIMENTS and name != "all":
             raise unknown("experiment", name, [*EXPERIMENTS, "all"])
-    if seed < 0:
-        raise InputError(f"--seed: must be 0 or more, got {seed}")
     return list(EXPERIMENTS) if not experiments or "all" in experiments else experiments

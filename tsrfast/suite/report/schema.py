@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tsrfast._page.checks import array, field, flag, integer, is_a, mapping, number, numbers, read_json, text
+from tsrfast._page.checks import array, field, flag, integer, integers, is_a, mapping, number, numbers, read_json, text
 from tsrfast.errors import InputError, unknown
 
 SCHEMA = 1
@@ -40,7 +40,7 @@ def validate(results: Any, where: str = "results") -> None:
         raise InputError(f"tsrfast.report: {where}: schema must be {SCHEMA}, got {found:.40}")
     for key in ("tsrfast", "preset", "device"):
         field(results, key, where, text)
-    field(results, "seed", where, integer)
+    field(results, "seed", where, integers)
     data = field(results, "data", where, mapping)
     for key in ("name", "fingerprint"):
         field(data, key, f"{where}: data", text)
@@ -125,5 +125,11 @@ def _claim(claim: Any, where: str) -> None:
     field(claim, "right", where, numbers, null=True)
     field(claim, "holds", where, flag, null=True)  # null: what it compares was not run
     field(claim, "strong", where, flag, optional=True)
+    for i, one in enumerate(field(claim, "seeds", where, array, optional=True) or []):
+        is_a(one, dict, "an object", f"{where}.seeds[{i}]")
+        field(one, "seed", f"{where}.seeds[{i}]", integer)
+        field(one, "holds", f"{where}.seeds[{i}]", flag, null=True)
+        for side in ("left", "right"):
+            field(one, side, f"{where}.seeds[{i}]", numbers, null=True)
     for key in ("source", "analysis"):
         field(claim, key, where, text, null=True, optional=True)

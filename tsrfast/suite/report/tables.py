@@ -96,6 +96,9 @@ def _mark(i: int) -> str:
     return chr(ord("a") + i) if i < 26 else str(i - 25)
 
 
+_STATES = {True: "held", False: "failed", None: "open"}
+
+
 @dataclass(frozen=True)
 class Sentence:
     """One claim: what it says, the numbers compared, and how it came out (`held`, `failed` or `open`: not run)."""
@@ -106,6 +109,7 @@ class Sentence:
     strong: bool
     source: str
     analysis: str
+    seeds: list[tuple[int, str, str]]  # (seed, state, numbers) of each, where it was judged over several
 
 
 def sentences(claims: list[dict[str, Any]]) -> list[Sentence]:
@@ -114,10 +118,14 @@ def sentences(claims: list[dict[str, Any]]) -> list[Sentence]:
         Sentence(
             text=c["text"],
             numbers=_comparison(c["left"], c["relation"], c["right"]),
-            state={True: "held", False: "failed", None: "open"}[c["holds"]],
+            state=_STATES[c["holds"]],
             strong=bool(c.get("strong")),
             source=c.get("source") or "",
             analysis=c.get("analysis") or "",
+            seeds=[
+                (s["seed"], _STATES[s["holds"]], _comparison(s["left"], c["relation"], s["right"]))
+                for s in c.get("seeds") or []
+            ],
         )
         for c in claims
     ]
