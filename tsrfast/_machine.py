@@ -39,7 +39,7 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
     """For `run.json`."""
     return {
         "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": _native.threads(),
         "instruction set": _native._C.isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -90,9 +90,9 @@ def begin(whole, out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """By one process with one thread."""
+    """By one process with three threads; all others here have one each."""
     threads, out = torch.get_num_threads(), tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)
     reproduce(list(CHOSEN), preset("smoke", OVERRIDES), "synthetic", out, torch.device("cpu"), 0, Reporter())
     torch.set_num_threads(threads)
     return out

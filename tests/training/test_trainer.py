@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tsrfast.attacks import PGD, OracleL2
 from tsrfast.data import Split
 from tsrfast.errors import InputError
 from tsrfast.nets import ConvReLU, apply_masks, fan_out_scores, load_checkpoint, prune_masks
-from tsrfast.training import Piecewise, TeacherLogits, TrueLabels, train
+from tsrfast.training import OracleAdversarial, Piecewise, TeacherLogits, TrueLabels, train
 from tsrfast.training import trainer as module
 from tsrfast.training.trainer import epoch_order
 
@@ -272,3 +273,21 @@ def test_progress_reports_loss_and_rate() -> None:
     assert [v["lr"] for _, _, v in seen] == [0.05] * 12 + [0.01] * 6
     first = [v["loss"] * n for (_, _, v), n in zip(seen[:6], [4, 4, 4, 4, 4, 2], strict=True)]
     assert result.metrics[0]["loss"] == pytest.approx(sum(first) / 22)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    """PyTorch's gradients of weights are sums over a batch that its threads cut up; the attack in the loop has as many as it likes."""
+    g = torch.Generator().manual_seed(1)
+    data = Split(torch.randint(256, (96, 3, 16, 16), generator=g, dtype=torch.uint8), torch.zeros(96, dtype=torch.int64))
+    teacher, before, ends = ConvReLU((16, 16), image=(3, 16, 16), seed=2), torch.get_num_threads(), []
+    attack = PGD(eps=8 / 255, step_size=2 / 255, steps=2, loss=OracleL2(teacher))
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            student = ConvReLU((16, 16), image=(3, 16, 16), seed=1)
+            train(student, OracleAdversarial(teacher, attack), data, epochs=2, batch_size=48, lr=0.1)
+            assert torch.get_num_threads() == threads  # held in the loop only
+            ends.append(weights(student))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(end, ends[0]) for end in ends)

@@ -218,7 +218,7 @@ NEAR = 0.03
 def run(chains: Chains, recipe: Recipe, x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
     """`run_loop` piece by piece; arguments as there, `x` with any strides."""
     total: Attempt | None = None
-    piece_size = PIECE_ON_CUDA if x.is_cuda else PIECE * torch.get_num_threads()
+    piece_size = PIECE_ON_CUDA if x.is_cuda else PIECE * _native.threads()
     for rows in torch.arange(len(x), device="cpu").split(piece_size):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         mine = dataclasses.replace(

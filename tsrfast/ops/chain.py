@@ -139,7 +139,7 @@ def _workspace(x: Tensor, plan: Tensor, teacher: Tensor | None = None, rows: int
     plans = (plan.data_ptr(), len(plan), _address(teacher), 0 if teacher is None else len(teacher))
     if on_cuda:
         return torch.empty(kernels.chain_workspace(*plans, len(x), rows, precision), dtype=torch.uint8, device=x.device)
-    return torch.empty(kernels.chain_workspace(*plans) * torch.get_num_threads(), dtype=torch.uint8, device="cpu")
+    return torch.empty(kernels.chain_workspace(*plans) * _native.threads(), dtype=torch.uint8, device="cpu")
 
 
 @lru_cache(maxsize=8)

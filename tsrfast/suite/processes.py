@@ -1,7 +1,6 @@
 """A reproduction in several processes: stages side by side (``--jobs``), or every stage split (``torchrun``).
 
-"The same as one process" means one with as many threads as each of them has: PyTorch sums in another order with another number of threads, and
-the teacher's training, which amplifies that, ends elsewhere. ``--jobs`` shares out OMP_NUM_THREADS; torchrun gives each process 1 unless it is set.
+``--jobs`` shares out the threads, on which no result depends; torchrun gives each process one unless OMP_NUM_THREADS is set.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tsrfast import _native
 from tsrfast._machine import choose_device
 from tsrfast._progress import Reporter, Update
 from tsrfast.data import Dataset, load
@@ -163,8 +163,8 @@ def side_by_side(lab: Lab, experiments: Sequence[str], data: str, jobs: int) -> 
     """Build the stages of `experiments` in `jobs` processes; whoever asks for them then finds them in the store.
 
     A stage is given to one process, once those it needs are there; of those that are ready, the one on which most work waits. The threads of
-    this process are shared out among them, and it goes on with as many as each has: the results are those of one process with so many threads.
-    The workers hold the store's lock with this process, and end when it does, however it ends.
+    this process are shared out among them. Results are those of one process. The workers hold the store's lock with this process, and end
+    when it does, however it ends.
 
     Raises:
         InputError, EnvironmentFault, ...: what a worker met.
@@ -173,11 +173,11 @@ def side_by_side(lab: Lab, experiments: Sequence[str], data: str, jobs: int) -> 
     with lab.reporter.task("list of stages"):
         waiting = {task.key: task for task in tasks(lab, experiments)}
     urgency = _urgency(list(waiting.values()))
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     workers: list[_Worker] = []
     missing, total = set(waiting), len(waiting)
     try:
-        workers += [_Worker(number, lab, data) for number in range(1, min(jobs, total) + 1)]
+        threads = max(1, _native.threads() // jobs)
+        workers += [_Worker(number, lab, data, threads) for number in range(1, min(jobs, total) + 1)]
         with lab.reporter.task("stages") as update:
             while missing:
                 ready = [t for t in waiting.values() if not missing & {a.key for a in t.inputs.values()}]
@@ -212,7 +212,7 @@ def _urgency(tasks: Sequence[Task]) -> dict[str, float]:
 class _Worker:
     """A process that builds stages, as seen from the one that started it."""
 
-    def __init__(self, number: int, lab: Lab, data: str) -> None:
+    def __init__(self, number: int, lab: Lab, data: str, threads: int) -> None:
         device = lab.device
         if device == torch.device("cuda"):
             device = torch.device("cuda", (number - 1) % torch.cuda.device_count())
@@ -227,7 +227,7 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the process that started it
         )
         theirs.close()
-        self._send(Setting(lab.preset, data, lab.store.root, device, lab.seed, torch.get_num_threads()))
+        self._send(Setting(lab.preset, data, lab.store.root, device, lab.seed, threads))
 
     def give(self, task: Task) -> None:
         """Have it build a stage."""
@@ -274,11 +274,12 @@ def work(descriptor: int) -> None:
         data = load(setting.data, train=setting.preset.train_images, test=setting.preset.test_images)
         store = Store(setting.root, locked=True)
         lab = Lab(data, setting.preset, setting.seed, setting.device, store, _Relay(pipe))
-        while True:
-            task: Task = given.get()
-            build = functools.partial(task.function, lab, *task.arguments)
-            store.artifact(task.stage, task.config, task.inputs, build, resumable=task.resumable)
-            pipe.send((task.key, store.log[-1]["seconds"]))
+        with _native.one_thread_for_torch(setting.device):
+            while True:
+                task: Task = given.get()
+                build = functools.partial(task.function, lab, *task.arguments)
+                store.artifact(task.stage, task.config, task.inputs, build, resumable=task.resumable)
+                pipe.send((task.key, store.log[-1]["seconds"]))
     except Exception as e:
         if not isinstance(e, (InputError, EnvironmentFault, MemoryError, torch.OutOfMemoryError)):
             traceback.print_exc()  # where it arose: what is raised again elsewhere does not say

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import tsrfast
+from tsrfast import _native
 from tsrfast._files import atomic_write, remove_leftovers
 from tsrfast._machine import describe_machine
 from tsrfast._progress import Reporter
@@ -92,9 +93,10 @@ def reproduce(
         for one in seeds:
             began, logged = _Start(), len(store.log)
             lab = Lab(data, preset, one, device, store, reporter)
-            if jobs > 1:
-                side_by_side(lab, names, data_spec, jobs)
-            results.append(_results(lab, names))
+            with _native.one_thread_for_torch(device):  # forward passes round by it, too
+                if jobs > 1:
+                    side_by_side(lab, names, data_spec, jobs)
+                results.append(_results(lab, names))
             if ranks.first and len(seeds) > 1:
                 with reporter.task(f"report of seed {one}"):
                     _write(results[-1], out / f"seed_{one}", began.run(store.log[logged:], device))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from tsrfast import _native
 from tsrfast._files import atomic_write
 from tsrfast._identity import describe, digest
 from tsrfast._modes import evaluating
@@ -73,9 +74,10 @@ def train(
 
     The order of the images is a permutation drawn from (seed, epoch); the last batch may be smaller. With a `folder`,
     the run can be killed at any moment: called again with the same arguments and a freshly built model, it goes on from
-    its last saved state and ends with the same weights, bit for bit, as a run that was never stopped (same machine and
-    thread count; the model and the callbacks must draw no random numbers from the global state). A finished run is not
-    repeated: its weights are loaded and its result is returned.
+    its last saved state and ends with the same weights, bit for bit, as a run that was never stopped (same machine; the
+    model and the callbacks must draw no random numbers from the global state). A finished run is not
+    repeated: its weights are loaded and its result is returned. On the CPU, PyTorch is held to one thread, so that weights do not depend on
+    the number of threads; native attacks in the objective use them all.
 
     Args:
         model: on the device where it is to be trained; on the CPU it is put in channels_last format, which is faster
@@ -107,7 +109,8 @@ def train(
     if ranks.size > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         raise InputError(f"tsrfast.train: model must have no batch normalisation with {ranks.size} processes, got some")
     folder = None if folder is None else Path(folder)
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device
+    on_cpu = device.type == "cpu"
     if on_cpu:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     solver = _optimizer(optimizer, model, momentum, weight_decay)
@@ -158,33 +161,38 @@ def train(
         snapshot(0, {})
     saved = time.monotonic()
     model.train()
-    for epoch in range(progress.step // per_epoch, epochs):
-        order = epoch_order(len(split), seed, epoch)
-        for step in range(progress.step, (epoch + 1) * per_epoch):
-            position = (step - epoch * per_epoch) * batch_size
-            index = order[position : position + batch_size]
-            mine = _part(objective, index, ranks)
-            images, labels = _batch(model, split, mine, augment, epoch, on_cpu)
-            step_lr = rate(step, per_epoch, total)
-            value = objective(model, images, labels, mine.to(images.device), epoch)
-            # Every process has the batch whole, or a part of it; its images count as they do in the whole.
-            share = 1 / ranks.size if len(mine) == len(index) else len(mine) / len(index)
-            loss = _step(solver, value, step, epoch, step_lr, ranks, share)
-            if after_step is not None:
-                after_step(model)
-            progress.step = step + 1
-            progress.loss_sum += loss * len(index)
-            progress.images += len(index)
-            if progress.step == (epoch + 1) * per_epoch:
-                _end_epoch(model, progress, epoch, step_lr, evaluate)
-                snapshot(epoch + 1, progress.metrics[-1])
-                if folder is not None and ranks.first:
-                    _write_metrics(folder, progress)
-            if folder is not None and ranks.first and (progress.step == total or time.monotonic() - saved >= checkpoint_every):
-                save_state(folder / STATE, model, solver, settings, progress)
-                saved = time.monotonic()
-            if on_progress is not None:
-                on_progress(progress.step, total, {"loss": loss, "lr": step_lr})
+    with _native.one_thread_for_torch(device):  # weights must not depend on how many there are
+        for epoch in range(progress.step // per_epoch, epochs):
+            order = epoch_order(len(split), seed, epoch)
+            for step in range(progress.step, (epoch + 1) * per_epoch):
+                position = (step - epoch * per_epoch) * batch_size
+                index = order[position : position + batch_size]
+                mine = _part(objective, index, ranks)
+                images, labels = _batch(model, split, mine, augment, epoch, on_cpu)
+                step_lr = rate(step, per_epoch, total)
+                value = objective(model, images, labels, mine.to(images.device), epoch)
+                # Every process has the batch whole, or a part of it; its images count as they do in the whole.
+                share = 1 / ranks.size if len(mine) == len(index) else len(mine) / len(index)
+                loss = _step(solver, value, step, epoch, step_lr, ranks, share)
+                if after_step is not None:
+                    after_step(model)
+                progress.step = step + 1
+                progress.loss_sum += loss * len(index)
+                progress.images += len(index)
+                if progress.step == (epoch + 1) * per_epoch:
+                    _end_epoch(model, progress, epoch, step_lr, evaluate)
+                    snapshot(epoch + 1, progress.metrics[-1])
+                    if folder is not None and ranks.first:
+                        _write_metrics(folder, progress)
+                if (
+                    folder is not None
+                    and ranks.first
+                    and (progress.step == total or time.monotonic() - saved >= checkpoint_every)
+                ):
+                    save_state(folder / STATE, model, solver, settings, progress)
+                    saved = time.monotonic()
+                if on_progress is not None:
+                    on_progress(progress.step, total, {"loss": loss, "lr": step_lr})
     return TrainResult(total, resumed_at, progress.metrics, snapshots)
 
 
