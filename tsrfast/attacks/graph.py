@@ -93,9 +93,10 @@ class CudaRecorder:
                 with torch.cuda.graph(graph, pool=self.pool, stream=inside, capture_error_mode="thread_local"):
                     step()
             except BaseException:
-                # A recording that fails leaves its stream current, and the generator in the middle of it.
+                # A recording that fails leaves its stream current, the generator in the middle of it, and its pool still recording.
                 torch.cuda.set_stream(outside)
                 generator.graphsafe_set_state(numbers)
+                self.pool = None
                 raise
         outside.wait_stream(inside)
         return graph.replay

@@ -124,7 +124,7 @@ def _before(record: Record, scale: Tensor, shift: Tensor) -> None:
     """Let `record`, a linear layer or a convolution without padding, compute on scale * x + shift."""
     assert record.weight is not None
     weight = record.weight.double().reshape(len(record.weight), len(scale), -1)  # features are in (C, H, W) order
-    added = torch.einsum("ock,c->o", weight, shift)
+    added = (weight * shift[:, None]).sum((1, 2))
     record.bias = added if record.bias is None else record.bias.double() + added
     record.weight = (weight * scale[:, None]).reshape(record.weight.shape)
 
