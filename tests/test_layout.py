@@ -25,7 +25,7 @@ OP_FILES = [
 ]  # fmt: skip
 
 # Room of the package -> rooms it may import; every room may import itself. What is in OPEN is open to all.
-OPEN = {"errors", "_files", "_modes", "_identity", "_progress"}
+OPEN = {"errors", "_files", "_modes", "_identity", "_progress", "_threads"}
 ABOVE_OPS = {"chain", "ops", "_native"}
 IMPORTS: dict[str, set[str]] = {
     "__init__": set(),
@@ -36,6 +36,7 @@ IMPORTS: dict[str, set[str]] = {
     "_modes": set(),
     "_page": set(),
     "_progress": set(),
+    "_threads": set(),
     "_native": set(),
     "errors": set(),
     "reference": set(),

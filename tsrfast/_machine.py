@@ -7,6 +7,7 @@ import platform
 import torch
 
 from tsrfast import _native
+from tsrfast._threads import threads
 from tsrfast.errors import EnvironmentFault, InputError, unknown
 
 
@@ -39,7 +40,7 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
     """For `run.json`."""
     return {
         "processor": platform.processor() or platform.machine(),
-        "threads": _native.threads(),
+        "threads": threads(),
         "instruction set": _native._C.isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),

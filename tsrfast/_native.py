@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 import torch  # before _C: then OpenMP is torch's own libgomp, whatever _C was linked with
 
+from tsrfast._threads import threads
 from tsrfast.errors import EnvironmentFault, InputError
 
 try:
@@ -21,35 +20,6 @@ DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.flo
 
 # tests/conftest.py sets this to tsrfast._emu: CPU tensors then run the CUDA kernels, emulated.
 emulator: ModuleType | None = None
-
-
-# Threads of native kernels where PyTorch is held to one (`one_thread_for_torch`).
-_threads: int | None = None
-
-
-def threads() -> int:
-    """Threads of native kernels: PyTorch's number, also while PyTorch itself is held to one."""
-    return _threads or torch.get_num_threads()
-
-
-@contextmanager
-def one_thread_for_torch(device: torch.device) -> Iterator[None]:
-    """Inside, if `device` is the CPU, PyTorch computes on one thread of it, native kernels on as many as before.
-
-    PyTorch cuts its sums by its threads, so that weights after a training depend on their number; results of native kernels do not.
-    """
-    global _threads
-    if device.type != "cpu":
-        yield
-        return
-    before, before_torch = _threads, torch.get_num_threads()
-    _threads = threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before_torch)
-        _threads = before
 
 
 def set_isa(name: str) -> None:

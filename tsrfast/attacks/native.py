@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tsrfast import _native
+from tsrfast._threads import threads
 from tsrfast.attacks.loop import Attempt, Batch, Best, Recipe, check_labels, of_image, own_copy, run_loop
 from tsrfast.attacks.losses import (
     CrossEntropy,
@@ -218,7 +219,7 @@ NEAR = 0.03
 def run(chains: Chains, recipe: Recipe, x: Tensor, y: Tensor | None, index: Tensor, judge: bool) -> Attempt:
     """`run_loop` piece by piece; arguments as there, `x` with any strides."""
     total: Attempt | None = None
-    piece_size = PIECE_ON_CUDA if x.is_cuda else PIECE * _native.threads()
+    piece_size = PIECE_ON_CUDA if x.is_cuda else PIECE * threads()
     for rows in torch.arange(len(x), device="cpu").split(piece_size):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         mine = dataclasses.replace(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tsrfast import _native
+from tsrfast._threads import threads
 from tsrfast.errors import EnvironmentFault, InputError, unknown
 from tsrfast.ops._register import per_image, register
 from tsrfast.ops.pgd_step import NORMS
@@ -139,7 +140,7 @@ def _workspace(x: Tensor, plan: Tensor, teacher: Tensor | None = None, rows: int
     plans = (plan.data_ptr(), len(plan), _address(teacher), 0 if teacher is None else len(teacher))
     if on_cuda:
         return torch.empty(kernels.chain_workspace(*plans, len(x), rows, precision), dtype=torch.uint8, device=x.device)
-    return torch.empty(kernels.chain_workspace(*plans) * _native.threads(), dtype=torch.uint8, device="cpu")
+    return torch.empty(kernels.chain_workspace(*plans) * threads(), dtype=torch.uint8, device="cpu")
 
 
 @lru_cache(maxsize=8)

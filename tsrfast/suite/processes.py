@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tsrfast import _native
 from tsrfast._machine import choose_device
 from tsrfast._progress import Reporter, Update
+from tsrfast._threads import one_thread_for_torch, threads
 from tsrfast.data import Dataset, load
 from tsrfast.errors import EnvironmentFault, InputError
 from tsrfast.suite.lab import Lab
@@ -176,8 +176,8 @@ def side_by_side(lab: Lab, experiments: Sequence[str], data: str, jobs: int) -> 
     workers: list[_Worker] = []
     missing, total = set(waiting), len(waiting)
     try:
-        threads = max(1, _native.threads() // jobs)
-        workers += [_Worker(number, lab, data, threads) for number in range(1, min(jobs, total) + 1)]
+        each = max(1, threads() // jobs)
+        workers += [_Worker(number, lab, data, each) for number in range(1, min(jobs, total) + 1)]
         with lab.reporter.task("stages") as update:
             while missing:
                 ready = [t for t in waiting.values() if not missing & {a.key for a in t.inputs.values()}]
@@ -274,7 +274,7 @@ def work(descriptor: int) -> None:
         data = load(setting.data, train=setting.preset.train_images, test=setting.preset.test_images)
         store = Store(setting.root, locked=True)
         lab = Lab(data, setting.preset, setting.seed, setting.device, store, _Relay(pipe))
-        with _native.one_thread_for_torch(setting.device):
+        with one_thread_for_torch(setting.device):
             while True:
                 task: Task = given.get()
                 build = functools.partial(task.function, lab, *task.arguments)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import tsrfast
-from tsrfast import _native
 from tsrfast._files import atomic_write, remove_leftovers
 from tsrfast._machine import describe_machine
 from tsrfast._progress import Reporter
+from tsrfast._threads import one_thread_for_torch
 from tsrfast.data import load
 from tsrfast.errors import InputError
 from tsrfast.suite.experiments import EXPERIMENTS, chosen
@@ -93,7 +93,7 @@ def reproduce(
         for one in seeds:
             began, logged = _Start(), len(store.log)
             lab = Lab(data, preset, one, device, store, reporter)
-            with _native.one_thread_for_torch(device):  # forward passes round by it, too
+            with one_thread_for_torch(device):  # forward passes round by it, too
                 if jobs > 1:
                     side_by_side(lab, names, data_spec, jobs)
                 results.append(_results(lab, names))

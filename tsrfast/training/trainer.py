@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from tsrfast import _native
 from tsrfast._files import atomic_write
 from tsrfast._identity import describe, digest
 from tsrfast._modes import evaluating
+from tsrfast._threads import one_thread_for_torch
 from tsrfast.errors import InputError, unknown
 from tsrfast.nets.checkpoint import architecture, save_checkpoint
 from tsrfast.training.objectives.protocol import Objective
@@ -161,7 +161,7 @@ def train(
         snapshot(0, {})
     saved = time.monotonic()
     model.train()
-    with _native.one_thread_for_torch(device):  # weights must not depend on how many there are
+    with one_thread_for_torch(device):  # weights must not depend on how many there are
         for epoch in range(progress.step // per_epoch, epochs):
             order = epoch_order(len(split), seed, epoch)
             for step in range(progress.step, (epoch + 1) * per_epoch):
