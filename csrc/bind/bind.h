@@ -24,6 +24,7 @@ T* at(Address address, int64_t count, const char* name) {
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 void bind_chain(py::module_& cpu, py::module_& cuda);
+void bind_chain_correlation(py::module_& cpu, py::module_& cuda);
 void bind_channel_correlation(py::module_& cpu, py::module_& cuda);
 void bind_hyperplane_projection(py::module_& cpu, py::module_& cuda);
 void bind_pgd_step(py::module_& cpu, py::module_& cuda);

@@ -1,26 +1,8 @@
-#include "core/chain.h"
+#include "bind/chain.h"
+
 #include "core/chain_fused.h"
 
-#include "bind/bind.h"
-
 namespace {
-
-tsr::ChainPlan plan_of(Address plan, int64_t records, const char* name) {
-  return {at<const tsr::ChainRecord>(plan, records, name), records};
-}
-tsr::ChainPlan checked_plan(Address plan, int64_t records, int64_t parameters, const char* name) {
-  const tsr::ChainPlan p = plan_of(plan, records, name);
-  tsr::check_chain(p, parameters);
-  return p;
-}
-
-// A network whose packed parameters fill `values` floats; `size`: how many there must be.
-tsr::ChainNet net_of(Address plan, int64_t records, Address packed, int64_t values,
-                     int64_t (*size)(const tsr::ChainPlan&), const char* name) {
-  const tsr::ChainNet net{checked_plan(plan, records, INT64_MAX, name), at<const float>(packed, values, "packed")};
-  if (values != size(net.plan)) throw std::invalid_argument("packed: is not of this plan");
-  return net;
-}
 
 tsr::ChainForward forward_of(const tsr::ChainNet& net, Address x, const std::vector<int64_t>& asked,
                              const std::vector<float*>& out, int64_t n, Address workspace) {
@@ -148,12 +130,10 @@ void bind_cpu(py::module_& cpu) {
 }
 
 #ifdef TSR_WITH_CUDA
-int64_t packed_size_cuda(const tsr::ChainPlan& plan) { return plan.records ? tsr::chain_packed_cuda(plan).size : 0; }
 int64_t map_size(const tsr::ChainPlan& plan) {
   const tsr::ChainPackedCuda p = tsr::chain_packed_cuda(plan);
   return p.floats + p.hi + p.lo;
 }
-void* stream_of(Address stream) { return reinterpret_cast<void*>(stream); }
 
 // For networks without a kernel in the build: what to compile, and taking what was compiled.
 void bind_fused(py::module_& cuda) {

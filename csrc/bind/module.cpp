@@ -15,6 +15,7 @@ PYBIND11_MODULE(TSR_MODULE, m) {
   auto cpu = m.def_submodule("cpu");
   auto cuda = m.def_submodule("cuda");  // empty without CUDA
   bind_chain(cpu, cuda);
+  bind_chain_correlation(cpu, cuda);
   bind_channel_correlation(cpu, cuda);
   bind_hyperplane_projection(cpu, cuda);
   bind_pgd_step(cpu, cuda);

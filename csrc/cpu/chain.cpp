@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/chain_body.h"
+#include "cpu/chain_moments.h"
 #include "cpu/isa.h"
 
 namespace tsr {
@@ -166,6 +166,17 @@ void chain_pgd_portable(const ChainPgd& a, int threads) { pgd(a, threads); }
 int64_t chain_workspace_portable(const ChainPlan& student, const ChainPlan& teacher) {
   return workspace(student, teacher);
 }
+
+void channel_correlation_chunk_portable(const ChannelCorrelation&, int64_t, int64_t, double*, void*);
+int64_t channel_correlation_scratch_portable(const ChannelCorrelation&);
+constexpr MomentsOf kMoments{channel_correlation_chunk_portable, channel_correlation_scratch_portable};
+int64_t chain_correlation_lanes_portable() { return kMostLanes; }
+int64_t chain_correlation_scratch_portable(const ChainCorrelation& a) { return group_scratch(a, kMoments); }
+void chain_correlation_group_portable(const ChainCorrelation& a, int64_t first, int64_t count, double* moments,
+                                      void* memory) {
+  group_moments(a, first, count, kMoments, moments, memory);
+}
+
 void chain_forward_avx2(const ChainForward& a, int threads);
 void chain_gradient_avx2(const ChainGradient& a, int threads);
 void chain_pgd_avx2(const ChainPgd& a, int threads);

@@ -1,4 +1,4 @@
-#include "cpu/chain_body.h"
+#include "cpu/chain_moments.h"
 
 namespace tsr {
 
@@ -7,6 +7,16 @@ void chain_gradient_avx512(const ChainGradient& a, int threads) { gradient(a, th
 void chain_pgd_avx512(const ChainPgd& a, int threads) { pgd(a, threads); }
 int64_t chain_workspace_avx512(const ChainPlan& student, const ChainPlan& teacher) {
   return workspace(student, teacher);
+}
+
+void channel_correlation_chunk_avx512(const ChannelCorrelation&, int64_t, int64_t, double*, void*);
+int64_t channel_correlation_scratch_avx512(const ChannelCorrelation&);
+constexpr MomentsOf kMoments{channel_correlation_chunk_avx512, channel_correlation_scratch_avx512};
+int64_t chain_correlation_lanes_avx512() { return kMostLanes; }
+int64_t chain_correlation_scratch_avx512(const ChainCorrelation& a) { return group_scratch(a, kMoments); }
+void chain_correlation_group_avx512(const ChainCorrelation& a, int64_t first, int64_t count, double* moments,
+                                    void* memory) {
+  group_moments(a, first, count, kMoments, moments, memory);
 }
 
 }  // namespace tsr

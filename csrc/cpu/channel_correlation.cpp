@@ -1,6 +1,7 @@
 // CPU twin of cuda/channel_correlation.cu: the portable loops, the choice of instruction set, threads and joining.
 #include <omp.h>
 
+#include "cpu/channel_correlation.h"
 #include "cpu/channel_correlation_body.h"
 #include "cpu/isa.h"
 
@@ -33,7 +34,9 @@ int64_t partial_bytes(const ChannelCorrelation& a) {
          64 * 64;
 }
 
-void join_into(double* a, const double* b, int64_t cs, int64_t ct) {
+}  // namespace
+
+void join_moments(double* a, const double* b, int64_t cs, int64_t ct) {
   const Join to = join(a[0], b[0]);
   for (int64_t k = 0; k < cs; ++k) {
     const double delta = (b[mean_at(k)] - a[mean_at(k)]) * to.weight;
@@ -49,8 +52,6 @@ void join_into(double* a, const double* b, int64_t cs, int64_t ct) {
   }
   a[0] += b[0];
 }
-
-}  // namespace
 
 int64_t channel_correlation_workspace_cpu(const ChannelCorrelation& a, int threads) {
   return partial_bytes(a) + threads * TSR_PICK_ISA(channel_correlation_scratch)(a);
@@ -69,7 +70,7 @@ void channel_correlation_cpu(const ChannelCorrelation& a, int threads) {
     chunk(a, first, end < samples(a) ? end : samples(a), partial + i * size, scratch + omp_get_thread_num() * each);
   }
   for (int64_t i = 0; i < size; ++i) a.moments[i] = chunks.count ? partial[i] : 0;
-  for (int64_t i = 1; i < chunks.count; ++i) join_into(a.moments, partial + i * size, cs, ct);
+  for (int64_t i = 1; i < chunks.count; ++i) join_moments(a.moments, partial + i * size, cs, ct);
 }
 
 }  // namespace tsr

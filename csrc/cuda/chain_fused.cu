@@ -10,8 +10,6 @@ namespace {
 
 using namespace fused;
 
-constexpr int kLeastCapability = 90;  // mbarriers and bulk copies
-
 __global__ void chain_fused_empty_queue_kernel(unsigned long long* queue) { *queue = 0; }
 
 bool is_conv(const ChainRecord& r, int64_t c, int64_t side) {
@@ -57,12 +55,6 @@ std::string read(const ChainPlan& plan, Shape& s) {
   }
   return "";
 }
-// Depth 0 for a network that no kernel can take.
-Shape shape_of(const ChainPlan& plan) {
-  Shape s{};
-  return read(plan, s).empty() ? s : Shape{};
-}
-
 struct Pair {
   Shape teacher, student;  // teacher.depth 0: none
 };
@@ -182,6 +174,11 @@ void map_linear(const ChainPlan& plan, const Shape& s, int32_t* to) {
 }
 
 }  // namespace
+
+Shape fused::shape_of(const ChainPlan& plan) {
+  Shape s{};
+  return read(plan, s).empty() ? s : Shape{};
+}
 
 ChainFusedSize chain_fused_size(const ChainPlan& plan) {
   const Shape s = shape_of(plan);

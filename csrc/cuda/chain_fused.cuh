@@ -83,7 +83,7 @@ struct Attack {
   __device__ __forceinline__ void forward(const Pointers& net, Shared gates, Shared partial) {
     const Shared map[2] = {base + I::kMapA, base + I::kMapB};
     constexpr int kLast = N::kDepth - 1, kGates = N::kShape.gates_at(kLast), kBias = N::kShape.bias_at(kLast);
-    forward_first<N>(base + I::kImage, map[0], gates, net.floats, warp, ring);
+    forward_first<N, Gates::by_slot>(base + I::kImage, map[0], gates, net.floats, warp, ring);
     __syncthreads();
     forward_middle<N, 1>(map, gates, net.floats, warp, ring);
     forward_last<N>(map[(kLast + 1) % 2], gates + kGates, partial, net.floats + kBias, net.halves + N::kLinearAt, warp,

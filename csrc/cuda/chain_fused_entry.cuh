@@ -5,6 +5,11 @@
 namespace tsr {
 namespace fused {
 
+constexpr int kLeastCapability = 90;  // mbarriers and bulk copies
+
+// Depth 0 for a network that no kernel can take.
+Shape shape_of(const ChainPlan& plan);
+
 struct Entry {
   Shape teacher, student;  // teacher.depth 0: none
   void (*run)(const Args&, unsigned blocks, void* stream);

@@ -35,6 +35,7 @@ template <class Teacher_, class Student_>
 struct Instance {
   using Teacher = Teacher_;
   using Student = Student_;
+  using Arguments = Args;
   static constexpr bool kPair = Teacher::kDepth > 0;
   static constexpr Map kMap = map_of(Teacher::kShape, Student::kShape);
   static constexpr State kState{Student::kShape.classes};
@@ -55,6 +56,19 @@ struct Instance {
                            Teacher::kShape.classes == Student::kShape.classes),
                 "both networks see the same image and name the same classes");
   static_assert(kBytes <= kMostShared, "the networks do not fit into a block's shared memory");
+
+  __device__ __forceinline__ static int stages(const Args& a) {
+    return moves_teacher(a.attack.criterion) ? kStages : kStudentBack;
+  }
+  __device__ __forceinline__ static const unsigned char* stage(const Args& a, int what) {
+    const unsigned char* from = a.student.halves;
+    int index = what - Teacher::kForward;
+    if (kPair && (what < Teacher::kForward || what >= kStudentBack)) {
+      from = a.teacher.halves;
+      index = what < Teacher::kForward ? what : what - Student::kForward - Student::kBackward;
+    }
+    return from + int64_t(index) * kStageBytes;
+  }
 };
 
 // A convolution's constants: of layer l of Net N, forward or backward.
@@ -74,11 +88,12 @@ struct Layer {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// The weights of a step pass by in a ring of stages, again and again, read ahead by bulk copies. There is no warp that
-// does nothing but copy (a ninth one would cut every thread's registers from 255 to 168): each warp counts itself out
-// of a stage, and the last one out starts the copy that refills it.
+// The weights of a step pass by in a ring of stages, again and again, read ahead by bulk copies: what I::stage says, of
+// I::stages. There is no warp that does nothing but copy (a ninth one would cut every thread's registers from 255 to
+// 168): each warp counts itself out of a stage, and the last one out starts the copy that refills it.
 template <class I>
 struct Ring {
+  using Args = typename I::Arguments;
   const Args& a;
   const Shared base;  // of shared memory; at kBarriers the mbarriers, of 8 bytes, then the counters, of 4
   int stage, next;    // `next` is what refills the stage at hand
@@ -101,19 +116,16 @@ struct Ring {
     for (int i = 0; i < I::kRing; ++i) refill(i, i);
   }
   __device__ __forceinline__ void refill(int at, int what) const {
-    const unsigned char* from = a.student.halves;
-    int index = what - I::Teacher::kForward;
-    if (I::kPair && (what < I::Teacher::kForward || what >= I::kStudentBack)) {
-      from = a.teacher.halves;
-      index = what < I::Teacher::kForward ? what : what - I::Student::kForward - I::Student::kBackward;
-    }
+    const unsigned char* const from = I::stage(a, what);
     barrier_arrive_expect(barrier(at), kStageBytes);
-    copy_bulk(place(at), from + int64_t(index) * kStageBytes, kStageBytes, barrier(at));
+    copy_bulk(place(at), from, kStageBytes, barrier(at));
   }
   __device__ __forceinline__ void advance() {
-    if (++next == (moves_teacher(a.attack.criterion) ? I::kStages : I::kStudentBack)) next = 0;
+    if (++next == I::stages(a)) next = 0;
     if (++stage == I::kRing) stage = 0, parity ^= 1;
   }
+  // Lanes may leave a wait one by one: before the next matrix is loaded, by a whole warp, comes a __syncwarp. It is the
+  // caller's: right behind the wait in acquire it makes the compiler spill, behind the first weights it costs nothing.
   __device__ __forceinline__ Shared acquire() const {
     barrier_wait(barrier(stage), parity);
     return place(stage);
@@ -122,6 +134,7 @@ struct Ring {
     const bool wraps = stage + 1 == I::kRing;
     const int after = wraps ? 0 : stage + 1;
     barrier_wait(barrier(after), wraps ? parity ^ 1 : parity);
+    __syncwarp();
     return place(after);
   }
   __device__ __forceinline__ void release() {
@@ -204,6 +217,7 @@ __device__ __forceinline__ void multiply(Sums<L, Tiles>& sums, Shared in, Shared
     };
     Shared stage = ring.acquire();
     if (kDouble == 2) load_b(0, stage);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kAhead && i < kAll; ++i) load_a(i);
 #pragma unroll
@@ -211,6 +225,7 @@ __device__ __forceinline__ void multiply(Sums<L, Tiles>& sums, Shared in, Shared
       if (kDouble == 1) {
         if (k && k % L::kStageSteps == 0) stage = ring.acquire();
         load_b(k, stage);
+        __syncwarp();
       }
 #pragma unroll
       for (int t = 0; t < Tiles; ++t) {
@@ -267,8 +282,11 @@ struct GatePlace {
   }
 };
 
-template <class L, int Tiles, bool BySlot>
-__device__ __forceinline__ void store_relu(Sums<L, Tiles>& sums, Shared out, Shared gates, int warp, int slot0) {
+// Where a layer's words of gates start anew.
+enum class Gates { none, by_pass, by_slot };
+// A pass's results, as 16 bits: forward their ReLU, whose gates are written (or not), backward what the gates let by.
+template <class L, int Tiles, Gates kGates, bool Back>
+__device__ __forceinline__ void store(Sums<L, Tiles>& sums, Shared out, Shared gates, int warp, int slot0) {
   if (L::kHollow && slot0 * kWarps + warp >= L::kTiles) return;
   const uint32_t g = lane_id() >> 2, t4 = (lane_id() & 3u) * 4u;
   uint32_t word = 0;
@@ -280,33 +298,21 @@ __device__ __forceinline__ void store_relu(Sums<L, Tiles>& sums, Shared out, Sha
     for (int n = 0; n < L::kNTiles; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t p = pack_f16_relu(sums[t][n][2 * h], sums[t][n][2 * h + 1]);
+        const GatePlace<L, Tiles, kGates == Gates::by_slot> place(slot0, t, n, h);
+        const float s0 = sums[t][n][2 * h], s1 = sums[t][n][2 * h + 1];
+        if (Back && place.pair == 0) word = load_u32(gate_word(gates, place.word, warp));
+        const uint32_t p = Back ? gated(pack_f16(s0, s1), word, place.pair, place.pairs) : pack_f16_relu(s0, s1);
         if (row + uint32_t(8 * h) < uint32_t(L::kRows)) store_u32(at + uint32_t(h * 16 * L::kOutStride + n * 16), p);
+        if (Back || kGates == Gates::none) continue;
         word = word >> 1 | open_gates(p);
-        const GatePlace<L, Tiles, BySlot> place(slot0, t, n, h);
         if (place.last) store_u32(gate_word(gates, place.word, warp), word), word = 0;
       }
   }
 }
-template <class L, int Tiles, bool BySlot>
-__device__ __forceinline__ void store_gated(Sums<L, Tiles>& sums, Shared out, Shared gates, int warp, int slot0) {
-  if (L::kHollow && slot0 * kWarps + warp >= L::kTiles) return;
-  const uint32_t g = lane_id() >> 2, t4 = (lane_id() & 3u) * 4u;
-  uint32_t word = 0;
-#pragma unroll
-  for (int t = 0; t < Tiles; ++t) {
-    const uint32_t row = uint32_t(((slot0 + t) * kWarps + warp) * 16) + g;
-    const Shared at = out + row * uint32_t(L::kOutStride * 2) + t4;
-#pragma unroll
-    for (int n = 0; n < L::kNTiles; ++n)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const GatePlace<L, Tiles, BySlot> place(slot0, t, n, h);
-        if (place.pair == 0) word = load_u32(gate_word(gates, place.word, warp));
-        const uint32_t p = gated(pack_f16(sums[t][n][2 * h], sums[t][n][2 * h + 1]), word, place.pair, place.pairs);
-        if (row + uint32_t(8 * h) < uint32_t(L::kRows)) store_u32(at + uint32_t(h * 16 * L::kOutStride + n * 16), p);
-      }
-  }
+// The chunk after the last pixel, which may be read: it must not be NaN.
+template <class L>
+__device__ __forceinline__ void clear_tail(Shared map) {
+  if (threadIdx.x < 4) store_u32(map + L::kRows * L::kOutStride * 2 + 4 * threadIdx.x, 0);
 }
 
 template <int n>
@@ -329,7 +335,7 @@ template <class N, int L, class R>
 __device__ __forceinline__ void forward_layer(Shared in, Shared out, Shared gates, const float* bias, int warp,
                                               R& ring) {
   using Conv = Layer<N, false, L>;
-  constexpr bool kBySlot = N::kShape.gates_by_slot(L);
+  constexpr Gates kGates = N::kShape.gates_by_slot(L) ? Gates::by_slot : Gates::by_pass;
 #pragma unroll 1
   for (int pass = 0; pass < Conv::kPasses; ++pass)
     with_slots<Conv>(pass, warp, [&](auto slots) {
@@ -338,15 +344,30 @@ __device__ __forceinline__ void forward_layer(Shared in, Shared out, Shared gate
       Sums<Conv, kTiles> sums;
       begin<Conv, kTiles>(sums, bias);
       multiply<Conv, kTiles>(sums, in, 0, warp, slot0, ring);
-      store_relu<Conv, kTiles, kBySlot>(sums, out, gates, warp, slot0);
+      store<Conv, kTiles, kGates, false>(sums, out, gates, warp, slot0);
     });
-  // The next layer reads a chunk past the end, with weights of 0: it must not be NaN.
-  if (Conv::kNTiles % 2 && threadIdx.x < 4) store_u32(out + Conv::kRows * Conv::kOutStride * 2 + 4 * threadIdx.x, 0);
+  if (Conv::kNTiles % 2) clear_tail<Conv>(out);  // the next layer reads it, with weights of 0
+}
+// The same without gates and with one map for both: no warp stores before all have read. The barrier counts warps
+// wherever they come to it, so that those with a tile less may meet it on a way of their own.
+template <class N, int L, class R>
+__device__ __forceinline__ void forward_in_place(Shared map, const float* bias, int warp, R& ring) {
+  using Conv = Layer<N, false, L>;
+  static_assert(Conv::kPasses == 1, "all results wait in registers for the barrier");
+  with_slots<Conv>(0, warp, [&](auto slots) {
+    constexpr int kTiles = decltype(slots)::value;
+    Sums<Conv, kTiles> sums;
+    begin<Conv, kTiles>(sums, bias);
+    multiply<Conv, kTiles>(sums, map, 0, warp, 0, ring);
+    __syncthreads();
+    store<Conv, kTiles, Gates::none, false>(sums, map, 0, warp, 0);
+  });
+  clear_tail<Conv>(map);
 }
 template <class N, int L, class R>
 __device__ __forceinline__ void backward_layer(Shared in, Shared out, Shared zero, Shared gates, int warp, R& ring) {
   using Conv = Layer<N, true, L>;
-  constexpr bool kBySlot = N::kShape.gates_by_slot(L - 1);
+  constexpr Gates kGates = N::kShape.gates_by_slot(L - 1) ? Gates::by_slot : Gates::by_pass;
 #pragma unroll 1
   for (int pass = 0; pass < Conv::kPasses; ++pass)
     with_slots<Conv>(pass, warp, [&](auto slots) {
@@ -355,12 +376,12 @@ __device__ __forceinline__ void backward_layer(Shared in, Shared out, Shared zer
       Sums<Conv, kTiles> sums;
       begin<Conv, kTiles>(sums, nullptr);
       multiply<Conv, kTiles>(sums, in, zero, warp, slot0, ring);
-      store_gated<Conv, kTiles, kBySlot>(sums, out, gates, warp, slot0);
+      store<Conv, kTiles, kGates, true>(sums, out, gates, warp, slot0);
     });
 }
 
 // The first layer has a depth of 27, filled up to 32, gathered straight from the float32 image [y][x][3].
-template <class N, class R>
+template <class N, Gates kGates, class R>
 __device__ __forceinline__ void forward_first(Shared image, Shared out, Shared gates, const float* bias, int warp,
                                               R& ring) {
   using Conv = Layer<N, false, 0>;
@@ -404,9 +425,9 @@ __device__ __forceinline__ void forward_first(Shared image, Shared out, Shared g
 #pragma unroll
       for (int n = 0; n < Conv::kNTiles; ++n) mma_f16_k16(sums[0][n], a, b[s][n][0], b[s][n][1]);
     }
-    store_relu<Conv, 1, true>(sums, out, gates, warp, slot);
+    store<Conv, 1, kGates, false>(sums, out, gates, warp, slot);
   }
-  if (Conv::kNTiles % 2 && threadIdx.x < 4) store_u32(out + Conv::kRows * Conv::kOutStride * 2 + 4 * threadIdx.x, 0);
+  if (Conv::kNTiles % 2 || kGates == Gates::none) clear_tail<Conv>(out);
 }
 
 // The last convolution; its results go from registers into the linear layer: logit_c = sum over pixels m and channels n

@@ -102,11 +102,12 @@ struct Shape {
     return words * kGateColumn;
   }
 
-  TSR_GEOMETRY int forward_stages() const {
-    int n = 1;
-    for (int l = 1; l < depth; ++l) n += forward(l).stages();
-    return depth ? n : 0;
+  TSR_GEOMETRY int first_stage(int l) const {  // of convolution l, forward
+    int n = l ? 1 : 0;
+    for (int i = 1; i < l; ++i) n += forward(i).stages();
+    return n;
   }
+  TSR_GEOMETRY int forward_stages() const { return first_stage(depth); }
   TSR_GEOMETRY int backward_stages() const {
     int n = 0;
     for (int l = 0; l < depth; ++l) n += backward(l).stages();
@@ -182,10 +183,12 @@ struct Map {
         bytes(ring + ring_stages * kStageBytes) {}
 };
 // As many stages as there is room for; two at least, since a warp looks one ahead.
-TSR_GEOMETRY Map map_of(const Shape& teacher, const Shape& student) {
-  return Map(teacher, student, kMostStages).bytes <= kMostShared ? Map(teacher, student, kMostStages)
-                                                                 : Map(teacher, student, 2);
+template <class M>
+TSR_GEOMETRY M with_ring(const Shape& teacher, const Shape& student) {
+  return M(teacher, student, kMostStages).bytes <= kMostShared ? M(teacher, student, kMostStages)
+                                                               : M(teacher, student, 2);
 }
+TSR_GEOMETRY Map map_of(const Shape& teacher, const Shape& student) { return with_ring<Map>(teacher, student); }
 
 }  // namespace fused
 }  // namespace tsr

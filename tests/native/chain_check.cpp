@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "core/chain.h"
+#include "core/chain_correlation.h"
 #include "core/philox_uniform.h"
 #include "cpu/isa.h"
 
@@ -204,9 +204,62 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
   return row;
 }
 
+// Moments of all records in pairs, and of the first and the last once more, in this order.
+Row correlations(const Network& student, const Network& teacher, int64_t n, int threads) {
+  const ChainPlan plan = student.plan();
+  Random random{9};
+  auto x = unwritten<float>(n * plan.inputs());
+  for (int64_t i = 0; i < n * plan.inputs(); ++i) x[i] = random.uniform();
+  std::vector<int64_t> at;
+  for (int64_t i = 0; i < plan.records; ++i) at.push_back(plan.records - 1 - i);
+  at.push_back(0), at.push_back(plan.records - 1);
+  std::vector<std::unique_ptr<double[]>> held;
+  std::vector<double*> moments;
+  for (int64_t i : at) {
+    held.push_back(unwritten<double>(moments_size(plan.record[i].oc, teacher.plan().record[i].oc)));
+    moments.push_back(held.back().get());
+  }
+  ChainCorrelation args{student.net(),      teacher.net(), x.get(), at.data(), at.data(), moments.data(), n,
+                        int64_t(at.size()), nullptr};
+  const auto memory = workspace(chain_correlation_workspace_cpu(args, threads));
+  args.workspace = memory.get();
+  chain_correlation_cpu(args, threads);
+  Row row;
+  for (size_t p = 0; p < at.size(); ++p)
+    append(row, moments[p], moments_size(plan.record[at[p]].oc, teacher.plan().record[at[p]].oc));
+  return row;
+}
+
+void check_correlations() {
+  for (int variant = 0; variant < 4; ++variant) {
+    const Network student = network(11, variant), teacher = network(12, variant);
+    for (int64_t n : {0, 1, 3, 16, 37, 300}) {
+      set_isa("portable");
+      const Row expected = correlations(student, teacher, n, 1);
+      double largest = 0;
+      for (double v : expected) largest = std::fmax(largest, std::fabs(v));
+      for (const std::string& level : isa_levels()) {
+        set_isa(level);
+        const Row one = correlations(student, teacher, n, 1), three = correlations(student, teacher, n, 3);
+        double error = 0;
+        bool same = one.size() == expected.size();
+        for (size_t i = 0; same && i < one.size(); ++i) {
+          error = std::fmax(error, std::fabs(one[i] - expected[i]));
+          same = one[i] == three[i];  // not for a NaN
+        }
+        if (same && error <= 1e-5 * largest) continue;
+        ++failures;
+        std::printf("correlation: variant %d, %lld images, %s: off by %g of %g, threads agree: %d\n", variant,
+                    static_cast<long long>(n), level.c_str(), error, largest, same);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_correlations();
   for (int variant = 0; variant < 4; ++variant)
     for (int loss = 0; loss <= int(ChainLoss::oracle_max_difference); ++loss) {
       const Network student = network(11, variant), teacher = network(12, variant);

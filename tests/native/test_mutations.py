@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 # What holds the kernels of a file against the CPU, by the beginning of the file's name. "": all others.
-CHECKS = {"chain_fused": "fused_check", "chain": "layers_check", "": "emu_check"}
+CHECKS = {"chain_fused": "fused_check", "chain_correlation": "fused_check", "chain": "layers_check", "": "emu_check"}
 
 
 class Fault(NamedTuple):
@@ -98,9 +98,7 @@ FAULTS = {
     "gate of the neighbouring pair": Fault(
         "chain_fused_layers.cuh", "sign_masks(word << (pairs - 1 - pair))", "sign_masks(word << (pairs - pair))"
     ),
-    "no zeros behind the last pixel": Fault(
-        "chain_fused_layers.cuh", "if (Conv::kNTiles % 2 && threadIdx.x < 4)", "if (false && threadIdx.x < 4)"
-    ),
+    "no zeros behind the last pixel": Fault("chain_fused_layers.cuh", "if (Conv::kNTiles % 2) clear_tail<Conv>(out);", ""),
     "no barrier between the networks": Fault(
         "chain_fused.cuh", "if (I::Teacher::kDepth % 2) __syncthreads();", "if (false) __syncthreads();"
     ),
@@ -113,6 +111,33 @@ FAULTS = {
     "tap mask of the other half": Fault(
         "chain_fused_layers.cuh", "(kx == next ? inside[t] : inside[t] >> upper)", "(inside[t])"
     ),
+    # correlation in one kernel
+    "a layer stored while its input is read": Fault(
+        "chain_fused_layers.cuh", "warp, 0, ring);\n    __syncthreads();", "warp, 0, ring);"
+    ),
+    "sums of maps that are not complete": Fault(
+        "chain_correlation.cuh",
+        "      __syncthreads();\n      sum_up<L>",
+        "      sum_up<L>",
+    ),
+    "sums read while they are told": Fault("chain_correlation.cuh", "    __syncthreads();\n    T::add", "    T::add"),
+    "next image over the sums of the last": Fault(
+        "chain_correlation.cuh", "      __syncthreads();  // the next image", "      // the next image"
+    ),
+    "pixels behind the last": Fault(
+        "chain_correlation.cuh",
+        "min(at + uint32_t(k * 16 * L::kOutStride * 2), end)",
+        "at + uint32_t(k * 16 * L::kOutStride * 2)",
+    ),
+    "no zeros behind the last pixel of a layer in place": Fault("chain_fused_layers.cuh", "  clear_tail<Conv>(map);\n", ""),
+    "student's sums for the teacher's": Fault(
+        "chain_correlation.cuh", "sums + mean_at(kS), sums + m2_at(kS, kS, kT)", "sums + mean_at(0), sums + m2_at(0, kS, kT)"
+    ),
+    "student and teacher exchanged": Fault("chain_correlation.cuh", "cross_at(k, j, kS, kT)", "cross_at(j, k, kT, kS)"),
+    "student's weights from the teacher's place": Fault(
+        "chain_correlation.cuh", "(what - kTeacherNext) * kStageBytes", "(what - kStudentNow) * kStageBytes"
+    ),
+    "every image begins the sums": Fault("chain_correlation.cuh", "image == int64_t(blockIdx.x)", "true"),
 }
 
 

@@ -6,9 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tsrfast
+from tsrfast import _native
 from tsrfast.errors import InputError
 from tsrfast.nets import ConvReLU
 from tsrfast.specialization import ChannelCorrelation, NormalizedCorrelation, bnc, correlate
+from tsrfast.specialization.correlation import accumulate
+
+try:
+    from tsrfast import _emu
+except ImportError:
+    _emu = None
 
 
 def maps(n: int, c: int, *rest: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -209,3 +217,167 @@ def test_correlate_restores_the_mode_after_an_error():
     with pytest.raises(RuntimeError, match="broken"):
         correlate(net, Broken(), IMAGES)
     assert net.training
+
+
+def networks() -> tuple[ConvReLU, ConvReLU]:
+    student = ConvReLU(widths=(5, 4), image=(3, 12, 12), seed=1, batch_norm=True, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3])
+    return student.eval(), ConvReLU(widths=(3, 6), image=(3, 12, 12), seed=2).eval()
+
+
+def assert_same(got: list[NormalizedCorrelation], want: list[NormalizedCorrelation], atol: float = 1e-6) -> None:
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.rho, w.rho, rtol=0, atol=atol)
+        assert torch.equal(g.dead_student, w.dead_student)
+        assert torch.equal(g.dead_teacher, w.dead_teacher)
+        assert g.count == w.count
+
+
+class Counted(ConvReLU):
+    """Counts the images whose activations PyTorch has shown."""
+
+    seen = 0
+
+    def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        self.seen += len(x)
+        return super().features(x)
+
+
+@pytest.mark.parametrize("images", [IMAGES, (IMAGES * 255).to(torch.uint8)], ids=["float32", "uint8"])
+def test_engines_agree(images):
+    student, teacher = networks()
+    eager = correlate(student, teacher, images, engine="eager")
+    for engine in ("auto", "chain"):
+        assert_same(correlate(student, teacher, images, engine=engine), eager)
+
+
+def test_auto_is_native_code_on_the_cpu():
+    """PyTorch sees two images, to find out that the chain's activations are the network's; in eager mode all of them."""
+    student, teacher = Counted(widths=(5, 4), image=(3, 12, 12), seed=1), networks()[1]
+    for engine, seen in (("auto", 2), ("chain", 2), ("eager", 7)):
+        student.seen = 0
+        correlate(student, teacher, IMAGES, engine=engine)
+        assert student.seen == seen
+
+
+def test_native_pieces_are_joined(monkeypatch):
+    student, teacher = networks()
+    whole = correlate(student, teacher, IMAGES, engine="chain")
+    monkeypatch.setattr("tsrfast.specialization.correlation.PIECE", 2)
+    assert_same(correlate(student, teacher, IMAGES, engine="chain"), whole)
+
+
+def test_chains_show_all_their_records():
+    """A chain's activations are those of every record, ReLU or not: here convolutions, and the logits."""
+    chains = [tsrfast.compile(net) for net in networks()]
+    layers = correlate(*chains, IMAGES, engine="chain")
+    assert [tuple(nc.rho.shape) for nc in layers] == [(5, 3), (4, 6), (10, 10)]
+    assert_same(layers, correlate(*chains, IMAGES, engine="eager"))
+
+
+def test_linear_networks():
+    class Flat(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(432, width), nn.Linear(width, 3)
+
+        def activations(self, x: Tensor) -> list[Tensor]:
+            return [self.hidden(x.flatten(1)).relu()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.hidden(x.flatten(1)).relu())
+
+    torch.manual_seed(0)
+    nets = Flat(6), Flat(5)
+    assert_same(correlate(*nets, IMAGES, engine="chain"), correlate(*nets, IMAGES, engine="eager"))
+
+
+class Shows(ConvReLU):
+    """Says something else of its activations than the chain of the same forward pass can know."""
+
+    change = staticmethod(lambda layers: layers)
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        return self.change(super().activations(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a[:1], lambda a: [a[0], 2 * a[1]], lambda a: [m[:, :2] for m in a], lambda a: [*a, a[-1]]],
+    ids=["fewer", "other values", "fewer channels", "more"],
+)
+def test_activations_that_are_no_records_go_through_pytorch(change):
+    student, teacher = (Shows(widths=(5, 4), image=(3, 12, 12), seed=seed) for seed in (1, 2))
+    for net in (student, teacher):
+        net.change = change
+    got = correlate(student, teacher, IMAGES)
+    with torch.no_grad():
+        shown = zip(student.eval().activations(IMAGES), teacher.eval().activations(IMAGES), strict=True)
+        assert_same(got, [stream(s, t) for s, t in shown])
+    with pytest.raises(InputError, match="got 'chain': the activations of student are not those of its 2 ReLUs"):
+        correlate(student, teacher, IMAGES, engine="chain")
+
+
+def test_what_native_code_cannot_do_is_said():
+    student, teacher = networks()
+    short = ConvReLU(widths=(3,), image=(3, 12, 12))
+
+    class Plain:
+        activations = student.activations
+
+    class Branches(ConvReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(x)
+
+    for pair, images, reason in [
+        ((Plain(), teacher), IMAGES, "student is no nn.Module"),
+        ((student, Branches(widths=(3, 6), image=(3, 12, 12))), IMAGES, "teacher does not compile: "),
+        ((student, teacher), IMAGES.double(), "images are float64 on cpu"),
+        ((student, short), IMAGES, "the networks must have as many layers"),
+        ((tsrfast.compile(short), short), IMAGES[:, :, 1:], r"student was compiled for images \[3, 12, 12\]"),
+    ]:
+        with pytest.raises(InputError, match=f"engine must be 'auto' or 'eager' for this call, got 'chain': {reason}"):
+            correlate(*pair, images, engine="chain")
+    with pytest.raises(InputError, match=r"unknown engine 'chains'; did you mean 'chain'\?"):
+        correlate(student, teacher, IMAGES, engine="chains")
+    with pytest.raises(InputError, match="unknown precision 'double'"):
+        correlate(student, teacher, IMAGES, precision="double")
+    with pytest.raises(InputError, match="precision must be 'auto' or 'float32' on cpu, got 'float16'"):
+        correlate(student, teacher, IMAGES, precision="float16")
+    with pytest.raises(
+        InputError, match="precision must be 'auto' where native code does not run, got 'float32': engine='eager'"
+    ):
+        correlate(student, teacher, IMAGES, engine="eager", precision="float32")
+
+
+def test_native_activations_that_are_not_finite():
+    student, teacher = networks()
+    images = IMAGES.clone()
+    images[5, 1, 3, 3] = torch.nan  # not among those that network and chain are compared on
+    for engine in ("chain", "eager"):
+        with pytest.raises(InputError, match="student must have finite activations"):
+            correlate(student, teacher, images, engine=engine)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "split", "float16"])
+def test_native_code_emulated(precision, monkeypatch):
+    if _emu is None:
+        pytest.skip("tsrfast._emu is not built")
+    want = correlate(*networks(), IMAGES, engine="eager")
+    monkeypatch.setattr(_native, "emulator", _emu)
+    got = correlate(*networks(), IMAGES, engine="chain", precision=precision)
+    assert_same(got, want, atol=2e-3 if precision == "float16" else 1e-5)  # float16 rounds to 11 bits
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["auto", "float32", "split", "float16"])
+def test_native_code_on_cuda(precision):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    student, teacher = networks()
+    want = correlate(student, teacher, IMAGES)
+    student, teacher = student.cuda(), teacher.cuda()
+    got = correlate(student, teacher, IMAGES, engine="chain", precision=precision)
+    assert_same(got, want, atol=2e-3 if precision == "float16" else 1e-5)  # float16 rounds to 11 bits
+    assert_same(correlate(student, teacher, IMAGES), want, atol=2e-3)  # eager; PyTorch's convolutions may be TF32
+    assert accumulate(student, teacher, IMAGES, engine="chain")[0].to("cpu").compute().count == want[0].count

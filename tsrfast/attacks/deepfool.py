@@ -14,7 +14,6 @@ from tsrfast.attacks.attack import Attack, Terms
 from tsrfast.attacks.eager import Evaluation, evaluate
 from tsrfast.attacks.loop import Attempt, Batch, Best, select
 from tsrfast.attacks.losses import Margin
-from tsrfast.attacks.native import entering
 from tsrfast.attacks.threat import Threat, check_count, check_radius
 from tsrfast.chain import Differentiable
 from tsrfast.errors import InputError
@@ -130,7 +129,7 @@ def gap_gradients(network: nn.Module, at: Evaluation, others: Tensor, standing: 
         x = at.x.detach()[standing]
         to, own = others[standing], at.answer[standing, None]
         rows = (F.one_hot(to, chain.classes) - F.one_hot(own, chain.classes)).to(x.dtype)
-        got: Tensor = chain_gradient(x.reshape(len(x), *entering(chain)).contiguous(), chain.plan, chain.packed, rows)
+        got: Tensor = chain_gradient(x.reshape(len(x), *chain.entering).contiguous(), chain.plan, chain.packed, rows)
         return got.reshape(len(x), others.shape[1], *x.shape[1:]).unbind(1)
     if not at.logits.requires_grad:
         raise InputError(

@@ -22,9 +22,9 @@ from tsrfast.attacks.losses import (
     OracleMargin,
     OracleMaxDifference,
 )
-from tsrfast.chain import Chain, Differentiable, automatic, compile
+from tsrfast.chain import Chain, Differentiable, automatic, compile, mostly_wide_linear
 from tsrfast.errors import InputError, UnsupportedModel, unknown
-from tsrfast.ops.chain import FIELDS, KINDS, PRECISIONS, ChainPGD, chain_pgd, has_fused_kernel
+from tsrfast.ops.chain import PRECISIONS, ChainPGD, chain_pgd, has_fused_kernel
 
 # By exact type: a subclass may compute anything.
 NATIVE_LOSSES = (CrossEntropy, Margin, OracleCrossEntropy, OracleKL, OracleL2, OracleMargin, OracleMaxDifference)
@@ -191,21 +191,6 @@ def _compiled(
     return chains, "every network compiles"
 
 
-def mostly_wide_linear(chain: Chain) -> bool:
-    """More than a million weights in linear layers, and more multiplications there than in convolutions.
-
-    A chain reads them once for every 16 images, a matrix product once for all: measured, 3072-1024-1024-10 on 128 images takes 1.5
-    times as long, 784-200-10 no longer.
-    """
-    products = dict.fromkeys(KINDS, 0)
-    for row in chain.plan.tolist():
-        r = dict(zip(FIELDS, row, strict=True))
-        kind = next(k for k, number in KINDS.items() if number == r["kind"])
-        window = r["kernel_h"] * r["kernel_w"] * r["out_height"] * r["out_width"]
-        products[kind] += r["channels"] * r["out_channels"] * window
-    return products["linear"] > max(products["conv"], 1_000_000)
-
-
 # Images at a time, on the CPU for each thread (8 vectors of 16): what Python holds besides the result does not grow with their number, and
 # Ctrl-C, which native code does not hear, waits some seconds at most.
 PIECE = 128
@@ -289,7 +274,7 @@ def _as_precise_as_needed(chains: Chains, recipe: Recipe, batch: Batch, start: T
 
 def _pgd(chains: Chains, recipe: Recipe, batch: Batch, start: Tensor, judge: bool, precision: str) -> ChainPGD:
     student, teacher, t = chains.student, chains.teacher, batch.threat
-    shape = (len(start), *entering(student))
+    shape = (len(start), *student.entering)
     return chain_pgd(
         batch.x0.reshape(shape).contiguous(),
         start.reshape(shape).contiguous(),
@@ -315,13 +300,6 @@ def _pgd(chains: Chains, recipe: Recipe, batch: Batch, start: Tensor, judge: boo
 def on_cuda(x: Tensor) -> bool:
     """Whether the CUDA engine, or its emulation, computes with x."""
     return x.is_cuda or _native.emulator is not None
-
-
-def entering(chain: Chain) -> tuple[int, ...]:
-    """Shape of an image as the chain's first record takes it: flat, if that is linear."""
-    first = dict(zip(FIELDS, chain.plan[0].tolist(), strict=True))
-    flat = first["kind"] == KINDS["linear"]
-    return (first["channels"],) if flat else (first["channels"], first["height"], first["width"])
 
 
 def check_device(who: str, network: nn.Module | Chain, x: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """The native operators: check, allocate, call. Each is `tsrfast.reference`'s function of the same name, faster."""
 
 from tsrfast.ops.chain import ChainPGD, chain_forward, chain_gradient, chain_pack, chain_pgd
+from tsrfast.ops.chain_correlation import chain_correlation
 from tsrfast.ops.channel_correlation import CorrelationState, channel_correlation, merge
 from tsrfast.ops.hyperplane_projection import hyperplane_projection
 from tsrfast.ops.pgd_step import pgd_step, pgd_step_
@@ -10,6 +11,7 @@ from tsrfast.ops.relu_gate import gated_relu, relu_gate, relu_gate_backward
 __all__ = [
     "ChainPGD",
     "CorrelationState",
+    "chain_correlation",
     "chain_forward",
     "chain_gradient",
     "chain_pack",

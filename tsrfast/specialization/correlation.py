@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tsrfast import _native
 from tsrfast._modes import evaluating
-from tsrfast.errors import InputError
+from tsrfast.chain import Chain, automatic, mostly_wide_linear
+from tsrfast.errors import InputError, UnsupportedModel, unknown
+from tsrfast.ops.chain import ACTIVATIONS, FIELDS, PRECISIONS
+from tsrfast.ops.chain_correlation import chain_correlation
 from tsrfast.ops.channel_correlation import CorrelationState, channel_correlation, merge
+
+ENGINES = ("auto", "chain", "eager")
+
+# Images that a network and its chain are compared on.
+PROBE = 2
+# Images at a time in native code: Ctrl-C, which it does not hear, waits some seconds at most. Not a matter of threads, or sums would be.
+PIECE = 2048
+PIECE_ON_CUDA = 16384
 
 _DEAD = 1e-12
 
@@ -53,7 +65,14 @@ class ChannelCorrelation:
         Raises:
             InputError: see `tsrfast.ops.channel_correlation`; or the number of channels or the device has changed.
         """
-        batch = channel_correlation(student.detach(), teacher.detach())
+        self.update_moments(channel_correlation(student.detach(), teacher.detach()))
+
+    def update_moments(self, batch: CorrelationState) -> None:
+        """Add a batch of which the moments are known.
+
+        Raises:
+            InputError: of other channels or on another device than what was seen.
+        """
         self._state = batch if self._state is None else merge(self._state, batch)
 
     def merge_state(self, other: ChannelCorrelation) -> None:
@@ -112,7 +131,13 @@ class HasActivations(Protocol):
 
 
 def correlate(
-    student: HasActivations, teacher: HasActivations, images: Tensor, batch_size: int = 256
+    student: HasActivations,
+    teacher: HasActivations,
+    images: Tensor,
+    batch_size: int = 256,
+    *,
+    engine: str = "auto",
+    precision: str = "auto",
 ) -> list[NormalizedCorrelation]:
     """Correlate two networks layer by layer: `accumulate`, and `ChannelCorrelation.compute` of each.
 
@@ -122,11 +147,18 @@ def correlate(
     Raises:
         InputError: as `accumulate`; activations that are not finite.
     """
-    return [layer.compute() for layer in accumulate(student, teacher, images, batch_size)]
+    layers = accumulate(student, teacher, images, batch_size, engine=engine, precision=precision)
+    return [layer.compute() for layer in layers]
 
 
 def accumulate(
-    student: HasActivations, teacher: HasActivations, images: Tensor, batch_size: int = 256
+    student: HasActivations,
+    teacher: HasActivations,
+    images: Tensor,
+    batch_size: int = 256,
+    *,
+    engine: str = "auto",
+    precision: str = "auto",
 ) -> list[ChannelCorrelation]:
     """What `correlate` sees, to be merged with what others saw of other images.
 
@@ -134,29 +166,135 @@ def accumulate(
         student, teacher: networks with `activations(x)`, as many layers each, of equal H and W; they run in eval mode and
             get their own mode back.
         images: ``[N, C, H, W]``, float pixels in [0, 1] or uint8 (divided by 255); moved to the student's device.
-        batch_size: images at a time; the result does not depend on it (up to rounding, 1e-7).
+        batch_size: images at a time in PyTorch; the result does not depend on it (up to rounding, 1e-7). Native code takes as many as
+            suit it, in memory that does not grow with their number.
+        engine: ``auto`` takes native code on the CPU where it can: both networks compile (`tsrfast.compile`), and their activations,
+            tried on two of the images, are those of the compiled networks' ReLUs; so activations are never stored. ``chain``: that,
+            or an error that says why not; on CUDA too. ``eager``: the networks' own `activations`.
+        precision: of native code, one of `tsrfast.ops.chain.PRECISIONS`; ``auto`` is float32 on the CPU and split on CUDA, where
+            ``float16`` may have a fused kernel (`tsrfast.ops.chain_correlation`).
 
     Returns:
         One `ChannelCorrelation` a layer, first layer first.
 
     Raises:
-        InputError: no images, a batch size below 1, different numbers of layers, activations that do not fit.
+        InputError: no images, a batch size below 1, different numbers of layers, activations that do not fit; an unknown engine or
+            precision, or one that cannot be had.
     """
     if images.ndim != 4 or len(images) == 0:
         raise InputError(f"tsrfast.correlate: images must be [N, C, H, W] with N >= 1, got shape {tuple(images.shape)}")
     if batch_size < 1:
         raise InputError(f"tsrfast.correlate: batch_size must be at least 1, got {batch_size}")
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    if precision not in ("auto", *PRECISIONS):
+        raise unknown("precision", precision, ("auto", *PRECISIONS))
     parameter = next(student.parameters(), None) if isinstance(student, nn.Module) else None
     device = images.device if parameter is None else parameter.device
-    layers: list[ChannelCorrelation] = []
     with torch.no_grad(), evaluating(*(net for net in (student, teacher) if isinstance(net, nn.Module))):
-        for batch in images.split(batch_size):
-            x = batch.to(device)
-            x = x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x
-            ours, theirs = student.activations(x), teacher.activations(x)
-            if len(ours) != len(theirs):
-                raise InputError(f"tsrfast.correlate: teacher must have student's {len(ours)} layers, got {len(theirs)}")
-            layers = layers or [ChannelCorrelation() for _ in ours]
-            for layer, s, t in zip(layers, ours, theirs, strict=True):
-                layer.update(s, t)
+        pair, reason = _compiled(student, teacher, _pixels(images[:PROBE], device), engine)
+        if pair is not None:
+            return _native_moments(pair, images, device, precision)
+        if engine == "chain":
+            raise InputError(f"tsrfast.correlate: engine must be 'auto' or 'eager' for this call, got 'chain': {reason}")
+        if precision != "auto":
+            raise InputError(
+                f"tsrfast.correlate: precision must be 'auto' where native code does not run, got {precision!r}: {reason}"
+            )
+        return _eager(student, teacher, images, device, batch_size)
+
+
+def _pixels(images: Tensor, device: torch.device) -> Tensor:
+    x = images.to(device)
+    return x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x
+
+
+def _eager(
+    student: HasActivations, teacher: HasActivations, images: Tensor, device: torch.device, batch_size: int
+) -> list[ChannelCorrelation]:
+    layers: list[ChannelCorrelation] = []
+    for batch in images.split(batch_size):
+        x = _pixels(batch, device)
+        ours, theirs = student.activations(x), teacher.activations(x)
+        if len(ours) != len(theirs):
+            raise InputError(f"tsrfast.correlate: teacher must have student's {len(ours)} layers, got {len(theirs)}")
+        layers = layers or [ChannelCorrelation() for _ in ours]
+        for layer, s, t in zip(layers, ours, theirs, strict=True):
+            layer.update(s, t)
     return layers
+
+
+class _Compiled(NamedTuple):
+    chain: Chain
+    layers: list[int]  # the records that its network's `activations` shows
+
+
+def _compiled(
+    student: HasActivations, teacher: HasActivations, x: Tensor, engine: str
+) -> tuple[tuple[_Compiled, _Compiled] | None, str]:
+    """Both networks, or None and why not; `x`: some of the images."""
+    if engine == "eager":
+        return None, "engine='eager' asks for it"
+    if x.dtype != torch.float32 or x.device.type not in ("cpu", "cuda"):
+        name = str(x.dtype).removeprefix("torch.")
+        return None, f"images are {name} on {x.device.type}, native code takes float32 and uint8 on cpu or cuda"
+    if engine == "auto" and x.is_cuda:
+        return None, "native code is not known to be faster than PyTorch on CUDA"
+    pair: list[_Compiled] = []
+    for who, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, (nn.Module, Chain)):
+            return None, f"{who} is no nn.Module"
+        if isinstance(network, nn.Module) and any(p.device != x.device for p in network.parameters()):
+            return None, f"{who} is not on {x.device}"
+        try:
+            chain = network if isinstance(network, Chain) else automatic(network, tuple(x.shape[1:]), x.device)
+        except UnsupportedModel as e:
+            return None, f"{who} does not compile: {e}"
+        if (chain.image, chain.device) != (tuple(x.shape[1:]), x.device):
+            return None, f"{who} was compiled for images {list(chain.image)} on {chain.device}"
+        ends = chain.plan[:, FIELDS.index("activation")] != ACTIVATIONS["none"]
+        layers = range(len(chain.plan)) if isinstance(network, Chain) else ends.nonzero().flatten().tolist()
+        if not _shows(network, chain, list(layers), x):
+            return None, f"the activations of {who} are not those of its {len(layers)} ReLUs"
+        pair.append(_Compiled(chain, list(layers)))
+    sizes = [c.chain.plan[c.layers][:, [FIELDS.index("out_height"), FIELDS.index("out_width")]].tolist() for c in pair]
+    if not sizes[0] or sizes[0] != sizes[1]:
+        return None, f"the networks must have as many layers, of equal heights and widths; got {sizes[0]} and {sizes[1]}"
+    if engine == "auto" and any(mostly_wide_linear(c.chain) for c in pair):
+        return None, "most of the work is in wide linear layers, where PyTorch's matrix products are faster"
+    return (pair[0], pair[1]), "every network compiles"
+
+
+def _shows(network: HasActivations, chain: Chain, layers: list[int], x: Tensor) -> bool:
+    """Whether `network.activations` are what these records return, by their values for x."""
+    if isinstance(network, Chain):
+        return True
+    # As `tsrfast.compile` compares logits: PyTorch's convolutions on CUDA may be TF32, with 10 bits.
+    allowed = 1e-2 if x.is_cuda else 1e-3
+    found, own = network.activations(x), chain.activations(x, layers)
+    return [a.shape for a in found] == [a.shape for a in own] and all(
+        torch.allclose(a, b, rtol=0, atol=allowed * float(b.abs().max()), equal_nan=True)
+        for a, b in zip(found, own, strict=True)
+    )
+
+
+def _native_moments(
+    pair: tuple[_Compiled, _Compiled], images: Tensor, device: torch.device, precision: str
+) -> list[ChannelCorrelation]:
+    if precision not in ("auto", "float32") and not _on_cuda(device):
+        raise InputError(f"tsrfast.correlate: precision must be 'auto' or 'float32' on {device}, got {precision!r}")
+    if precision == "auto":
+        precision = "split" if _on_cuda(device) else "float32"
+    (student, layers), (teacher, teacher_layers) = pair
+    total = [ChannelCorrelation() for _ in layers]
+    for piece in images.split(PIECE_ON_CUDA if device.type == "cuda" else PIECE):
+        x = _pixels(piece, device).reshape(len(piece), *student.entering).contiguous()
+        nets = (student.plan, student.packed), (teacher.plan, teacher.packed)
+        for layer, moments in zip(total, chain_correlation(x, *nets, layers, teacher_layers, precision=precision), strict=True):
+            layer.update_moments(moments)
+    return total
+
+
+def _on_cuda(device: torch.device) -> bool:
+    """Whether the CUDA engine, or its emulation, computes there."""
+    return device.type == "cuda" or _native.emulator is not None
