@@ -160,6 +160,7 @@ __device__ __forceinline__ void sum_products(Shared teacher, Shared student, dou
     const int row = block / kColumns, column = block - row * kColumns;
     const Shared at_t = block_at<T>(teacher, row), at_s = block_at<S>(student, column);
     float d[2][2][4] = {};  // odd steps apart: else each product waits for the one before
+    __syncwarp();           // lanes come from conditions of their own
 #pragma unroll 1
     for (int k = 0; k < T::kTiles; k += kTogether) {  // steps past the end are zeros
       uint32_t a[kTogether][4], b[kTogether][4];
@@ -171,7 +172,7 @@ __device__ __forceinline__ void sum_products(Shared teacher, Shared student, dou
 #pragma unroll
         for (int n = 0; n < 2; ++n) mma_f16_k16(d[i % 2][n], a[i], b[i][n], b[i][n + 2]);
     }
-    double sum[2][4];
+    double sum[2][4] = {};
     const auto each = [&](auto f) {  // f(n, i, where the sum is), of channels that are there
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -207,7 +208,7 @@ struct Correlator {
     constexpr int kTogether = 4;
 #pragma unroll 1
     for (int first = threadIdx.x; first < I::kValues; first += kTogether * kThreads) {
-      float v[kTogether];
+      float v[kTogether] = {};
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
         if (first + i * kThreads < I::kValues) v[i] = __ldg(from + first + i * kThreads);

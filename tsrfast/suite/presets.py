@@ -113,7 +113,7 @@ QUICK = dataclasses.replace(
     finetune_epochs=1, finetune_lr="cosine:0.005",
     epochs=(1, 2, 3, 4, 6), optimizer="adam", lr="constant:0.0007", batch_size=32,
     train_steps=5, train_step_size=0.02, rft_steps=20, rft_step_size=0.5, steps=10,
-    repetitions=2, eval_images=400, matrix_images=400, eval_batch_size=100, correlation_images=1000, patch_images=1000,
+    repetitions=2, eval_images=400, matrix_images=2000, eval_batch_size=100, correlation_images=1000, patch_images=1000,
 )  # fmt: skip
 SMOKE = dataclasses.replace(
     QUICK,

@@ -110,7 +110,7 @@ def _claims(values: dict[str, list[float]], readings: dict[str, list[float]]) ->
     for k, student in enumerate(AT_AND_ST300):
         claims.append(compare(
             f"{student.name}: l_inf PGD is the strongest white-box attack", linf[k], "<=",
-            min(values[row][k] for row in WHITE_BOX[1:]), source=SOURCE,
+            min(values[row][k] for row in WHITE_BOX[1:]), source=SOURCE, strong=True,
             if_failed="Reading: the radii of the other norms are not published; balls of l_2 0.5 and l_1 12 can be larger than that of "
             "l_inf 10/255. With 10/255 in every norm they are far weaker (second table).",
         ))  # fmt: skip
