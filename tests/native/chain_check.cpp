@@ -11,35 +11,14 @@
 #include <vector>
 
 #include "core/chain_correlation.h"
-#include "core/philox_uniform.h"
 #include "cpu/isa.h"
+
+#include "check.h"
 
 namespace {
 
 using namespace tsr;
-
-int failures = 0;
-
-struct Random {
-  uint64_t seed, drawn = 0;
-  float uniform() { return float(double(philox(seed, 0, 0, uint32_t(drawn++)).v[0]) * 0x1p-32); }
-};
-
-template <class T>
-std::unique_ptr<T[]> unwritten(int64_t size) {
-  std::unique_ptr<T[]> v(new T[size_t(size)]);
-  if (size) std::memset(static_cast<void*>(v.get()), sizeof(T) == 1 ? 0 : 0xFF, size_t(size) * sizeof(T));
-  return v;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-std::unique_ptr<void, Free> workspace(int64_t bytes) {
-  void* const p = std::aligned_alloc(64, size_t(bytes));
-  std::memset(p, 0xFF, size_t(bytes));
-  return std::unique_ptr<void, Free>(p);
-}
+using namespace check;
 
 struct Network {
   std::vector<ChainRecord> records;
@@ -134,7 +113,7 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
   Random random{7};
   auto x = unwritten<float>(n * d);
   for (int64_t i = 0; i < n * d; ++i) x[i] = random.uniform();
-  const auto memory = workspace(threads * chain_workspace(plan, teacher.plan()));
+  const Memory room = memory<64>(threads * chain_workspace(plan, teacher.plan()));
 
   std::vector<std::unique_ptr<float[]>> maps;
   std::vector<float*> out;
@@ -144,7 +123,7 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
     out.push_back(maps.back().get());
     at.push_back(i);
   }
-  chain_forward_cpu({student.net(), x.get(), at.data(), out.data(), n, records, memory.get()}, threads);
+  chain_forward_cpu({student.net(), x.get(), at.data(), out.data(), n, records, room.get()}, threads);
   for (int64_t i = 0; i < records; ++i) append(row, out[i], n * plan.record[i].outputs());
 
   const int64_t rows = 2;
@@ -153,8 +132,7 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
   for (int64_t layer = -1; layer < records; ++layer) {
     const int64_t units = layer < 0 ? d : plan.record[layer].outputs();
     auto gradient = unwritten<float>(n * rows * units);
-    chain_gradient_cpu({student.net(), x.get(), cotangent.get(), gradient.get(), n, rows, layer, memory.get()},
-                       threads);
+    chain_gradient_cpu({student.net(), x.get(), cotangent.get(), gradient.get(), n, rows, layer, room.get()}, threads);
     append(row, gradient.get(), n * rows * units);
   }
 
@@ -192,7 +170,7 @@ Row run(const Network& student, const Network& teacher, int64_t n, int threads, 
                  all,
                  all,
                  all,
-                 memory.get()},
+                 room.get()},
                 threads);
   append(row, result.get(), n * d);
   append(row, iterates.get(), (steps + 1) * n * d);
@@ -221,8 +199,8 @@ Row correlations(const Network& student, const Network& teacher, int64_t n, int 
   }
   ChainCorrelation args{student.net(),      teacher.net(), x.get(), at.data(), at.data(), moments.data(), n,
                         int64_t(at.size()), nullptr};
-  const auto memory = workspace(chain_correlation_workspace_cpu(args, threads));
-  args.workspace = memory.get();
+  const Memory room = memory<64>(chain_correlation_workspace_cpu(args, threads));
+  args.workspace = room.get();
   chain_correlation_cpu(args, threads);
   Row row;
   for (size_t p = 0; p < at.size(); ++p)

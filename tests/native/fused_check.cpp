@@ -18,14 +18,13 @@
 
 #include "core/chain_correlation.h"
 #include "core/chain_fused.h"
-#include "core/philox_uniform.h"
+
+#include "check.h"
 
 namespace {
 
 using namespace tsr;
-
-int failures = 0;
-std::string where;
+using namespace check;
 
 void expect(bool right, const std::string& what) {
   if (right) return;
@@ -36,18 +35,6 @@ std::string number(double v) {
   char text[32];
   std::snprintf(text, sizeof text, "%.6g", v);
   return text;
-}
-
-struct Random {
-  uint64_t seed, drawn = 0;
-  float uniform() { return float(double(philox(seed, 0, 0, uint32_t(drawn++)).v[0]) * 0x1p-32); }
-};
-
-template <class T>
-std::unique_ptr<T[]> unwritten(int64_t size) {
-  std::unique_ptr<T[]> v(new T[size_t(size)]);
-  std::memset(static_cast<void*>(v.get()), sizeof(T) == 1 ? 0 : 0xFF, size_t(size) * sizeof(T));
-  return v;
 }
 
 struct Network {
@@ -193,26 +180,20 @@ Result run(const Network& student, const Network& teacher, const Images& in, con
 }
 
 // The CPU's float32 chains.
-struct Memory {
-  void* p;
-  explicit Memory(const Network& net) : p(std::aligned_alloc(64, size_t(chain_workspace(net.plan(), {})))) {}
-  ~Memory() { std::free(p); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-};
+Memory room_of(const Network& net) { return memory<64>(chain_workspace(net.plan(), {})); }
 std::vector<float> logits(const Network& net, const float* x) {
   if (net.records.empty()) return {};
   std::vector<float> z(size_t(net.classes()));
   const int64_t last = net.plan().records - 1;
   float* const out = z.data();
-  const Memory memory(net);
-  chain_forward_cpu({net.cpu(), x, &last, &out, 1, 1, memory.p}, 1);
+  const Memory room = room_of(net);
+  chain_forward_cpu({net.cpu(), x, &last, &out, 1, 1, room.get()}, 1);
   return z;
 }
 std::vector<float> pull_back(const Network& net, const float* x, const float* cotangent) {
   std::vector<float> g(size_t(net.inputs()));
-  const Memory memory(net);
-  chain_gradient_cpu({net.cpu(), x, cotangent, g.data(), 1, 1, -1, memory.p}, 1);
+  const Memory room = room_of(net);
+  chain_gradient_cpu({net.cpu(), x, cotangent, g.data(), 1, 1, -1, room.get()}, 1);
   return g;
 }
 struct Look {
@@ -367,8 +348,8 @@ Maps maps_of(const Network& net, const std::vector<float>& x, int64_t n) {
   for (int64_t l = 0; l + 1 < net.plan().records; ++l) at.push_back(l);
   for (const int64_t l : at) maps.emplace_back(size_t(n * net.records[size_t(l)].outputs()));
   for (auto& m : maps) out.push_back(m.data());
-  const Memory memory(net);
-  chain_forward_cpu({net.cpu(), x.data(), at.data(), out.data(), n, int64_t(at.size()), memory.p}, 1);
+  const Memory room = room_of(net);
+  chain_forward_cpu({net.cpu(), x.data(), at.data(), out.data(), n, int64_t(at.size()), room.get()}, 1);
   return maps;
 }
 

@@ -12,44 +12,20 @@
 #include <vector>
 
 #include "core/chain.h"
-#include "core/philox_uniform.h"
+
+#include "check.h"
 
 namespace {
 
 using namespace tsr;
+using namespace check;
 
-int failures = 0;
-std::string where;  // names the case that runs, for messages
-
-struct Random {
-  uint64_t seed, drawn = 0;
-  float uniform() { return float(double(philox(seed, 0, 0, uint32_t(drawn++)).v[0]) * 0x1p-32); }
-};
-
-// A heap block of exactly that size, every byte 0xFF: NaN as float, -1 as integer; bool false.
-template <class T>
-std::unique_ptr<T[]> unwritten(int64_t size) {
-  std::unique_ptr<T[]> v(new T[size_t(size)]);
-  if (size) std::memset(static_cast<void*>(v.get()), sizeof(T) == 1 ? 0 : 0xFF, size_t(size) * sizeof(T));
-  return v;
-}
 template <class T>
 std::unique_ptr<T[]> uniform(uint64_t seed, int64_t size, T lo, T hi) {
   Random random{seed};
   auto v = unwritten<T>(size);
   for (int64_t i = 0; i < size; ++i) v[size_t(i)] = lo + (hi - lo) * T(random.uniform());
   return v;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, Free>;
-Memory memory(int64_t bytes) {
-  const size_t size = size_t(bytes + 255) / 256 * 256;
-  void* const p = std::aligned_alloc(256, size);
-  std::memset(p, 0xFF, size);
-  return Memory(p);
 }
 
 using K = ChainKind;
@@ -112,7 +88,7 @@ struct Network {
     const ChainPackedCuda size = chain_packed_cuda(plan());
     auto map = unwritten<int32_t>(size.floats + size.hi + size.lo);
     chain_map_cuda(plan(), map.get());
-    packed_cuda = memory(size.size * int64_t(sizeof(float)));
+    packed_cuda = memory<256>(size.size * int64_t(sizeof(float)));
     chain_pack_cuda({plan(), weights.data(), static_cast<float*>(packed_cuda.get())}, map.get(), 0, nullptr);
     return std::move(*this);
   }
@@ -220,7 +196,8 @@ void check_forward(const Network& net, int64_t n, Precision precision) {
       to->push_back(maps.back().get());
       if (to == &got) at.push_back(i);
     }
-  const Memory room = memory(chain_workspace_cuda(plan, {}, n, 1, precision)), cpu = memory(chain_workspace(plan, {}));
+  const Memory room = memory<256>(chain_workspace_cuda(plan, {}, n, 1, precision)),
+               cpu = memory<256>(chain_workspace(plan, {}));
   chain_forward_cuda({net.cuda(), x.get(), at.data(), got.data(), n, plan.records, room.get()}, precision, 0, nullptr);
   chain_forward_cpu({net.cpu(), x.get(), at.data(), want.data(), n, plan.records, cpu.get()}, 1);
   for (size_t i = 0; i < at.size(); ++i)
@@ -234,8 +211,8 @@ void check_gradient(const Network& net, int64_t n, int64_t rows, Precision preci
   const auto x = uniform<float>(7, n * plan.inputs(), 0, 1);
   const auto cotangent = uniform<float>(8, n * rows * plan.classes(), -1e4f, 1e4f);
   for (int64_t i = 0; i < plan.classes(); ++i) cotangent[i] *= 1e-9f;  // of one row: scaled by itself
-  const Memory room = memory(chain_workspace_cuda(plan, {}, n, rows, precision));
-  const Memory cpu = memory(chain_workspace(plan, {}));
+  const Memory room = memory<256>(chain_workspace_cuda(plan, {}, n, rows, precision));
+  const Memory cpu = memory<256>(chain_workspace(plan, {}));
   for (int64_t layer = -1; layer < plan.records; ++layer) {
     const int64_t units = layer < 0 ? plan.inputs() : plan.record[layer].outputs();
     const auto got = unwritten<float>(n * rows * units), want = unwritten<float>(n * rows * units);
@@ -314,8 +291,8 @@ void check_pgd(const Network& student, const Network& teacher, int64_t n, int64_
                     c.judge,
                     workspace};
   };
-  const Memory room = memory(chain_workspace_cuda(student.plan(), other, n, 1, precision));
-  const Memory cpu = memory(chain_workspace(student.plan(), other));
+  const Memory room = memory<256>(chain_workspace_cuda(student.plan(), other, n, 1, precision));
+  const Memory cpu = memory<256>(chain_workspace(student.plan(), other));
   chain_pgd_cuda(args(got, student.cuda(), teacher.cuda(), room.get()), precision, 0, nullptr);
   chain_pgd_cpu(args(want, student.cpu(), teacher.cpu(), cpu.get()), 1);
   // A pixel whose gradient is nearly 0 may step the other way, and a gate near 0 may open: few of them in float32.
@@ -349,7 +326,7 @@ void check_batches(const Network& net, Precision precision) {
   const int64_t last = plan.records - 1;
   const auto run = [&](int64_t first, int64_t count, float* out) {
     float* const to[] = {out + first * classes};
-    const Memory room = memory(chain_workspace_cuda(plan, {}, count, 1, precision));
+    const Memory room = memory<256>(chain_workspace_cuda(plan, {}, count, 1, precision));
     chain_forward_cuda({net.cuda(), x.get() + first * d, &last, to, count, 1, room.get()}, precision, 0, nullptr);
   };
   run(0, n, together.get());
