@@ -226,6 +226,40 @@ def correlation(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"images": sizes.correlation_images, "rows": rows}
 
 
+def networks_correlation(pair: Pair, x: Tensor, sizes: Sizes) -> dict[str, Any]:
+    """Moments of both networks' convolutions from images: one kernel, whose activations never leave the chip (float16), layer by layer, and
+    PyTorch's forward passes in pieces with `channel_correlation` behind them. "error": largest difference of a correlation from PyTorch's.
+    """
+    nets = [(c.plan, c.packed) for c in map(tsrfast.compile, (pair.student, pair.teacher))]
+    layers = list(range(len(pair.student.widths)))
+
+    def moments(precision: str) -> list[ops.CorrelationState]:
+        return ops.chain_correlation(x, *nets, layers, layers, precision=precision)
+
+    def in_pytorch() -> list[ops.CorrelationState]:
+        total: list[ops.CorrelationState] = []
+        with torch.no_grad():
+            for piece in x.split(PIECE):
+                both = (net.activations(piece) for net in (pair.student, pair.teacher))
+                seen = [ops.channel_correlation(s, t) for s, t in zip(*both, strict=True)]
+                total = [ops.merge(a, b) for a, b in zip(total, seen, strict=True)] if total else seen
+        return total
+
+    def rho(states: list[ops.CorrelationState]) -> Tensor:
+        return torch.cat(
+            [(s.cross / s.m2_student.sqrt()[:, None] / s.m2_teacher.sqrt()).nan_to_num(0, 0, 0).flatten() for s in states]
+        )
+
+    precisions = ("float16", "split") if x.is_cuda else ("float32",)
+    runs: dict[str, Callable[[], object]] = {f"tsrfast {p}": partial(moments, p) for p in precisions}
+    with tf32(False):
+        exact = rho(in_pytorch())
+        error = {name: digits((rho(run()) - exact).abs().max().item(), 3) for name, run in runs.items()}
+    with tf32(True):
+        rows = interleave({**runs, "PyTorch, TF32": in_pytorch}, x.device, sizes.seconds)
+    return {"images": len(x), "error": error, "rows": rows, **ratios(rows, f"tsrfast {precisions[0]}")}
+
+
 def generic(n: int, device: torch.device, sizes: Sizes) -> dict[str, Any]:
     """PGD on a ResNet-18, which does not compile, against its forward and backward passes alone.
 
@@ -335,7 +369,10 @@ def main() -> int:
     parts: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         "oracle": {str(n): lambda n=n: oracle(pair, exact, *batch(n), sizes, sum(work)) for n in sizes.images},  # type: ignore[misc]
         "chain": {str(n): lambda n=n: chain(pair, batch(n)[0], sizes, work[0]) for n in sizes.chain_images},  # type: ignore[misc]
-        "correlation": {"layers": lambda: correlation(device, sizes)},
+        "correlation": {
+            "layers": lambda: correlation(device, sizes),
+            "networks": lambda: networks_correlation(pair, batch(max(sizes.chain_images))[0], sizes),
+        },
         "generic": {str(n): lambda n=n: generic(n, device, sizes) for n in sizes.generic_images},  # type: ignore[misc]
     }
     for part in (part for part in PARTS if part in arguments.parts):

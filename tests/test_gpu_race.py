@@ -164,6 +164,9 @@ def test_smoke_of_the_race(tmp_path):
     correlation = record["correlation"]["layers"]["rows"]
     assert len(correlation) == 24
     assert all(row["gb_per_s"] > 0 for row in correlation.values())
+    networks = record["correlation"]["networks"]
+    assert networks["ratios"].keys() == {"PyTorch, TF32"}
+    assert networks["error"]["tsrfast float32"] < 1e-5
     assert record["generic"]["8"]["overhead"].keys() == {"tsrfast eager", "tsrfast auto"}
 
 
