@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -221,14 +222,21 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except InputError as e:
-        print(f"tsrfast: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(2, str(e))
     except EnvironmentFault as e:
-        print(f"tsrfast: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _leave(1, str(e))
     except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"tsrfast: out of memory: {str(e).partition(chr(10))[0]}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _leave(1, f"out of memory: {str(e).partition(chr(10))[0]}")
+
+
+def _leave(code: int, complaint: str) -> None:
+    print(f"tsrfast: {complaint}", file=sys.stderr)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Nothing is torn down: what is left of a connection to a process that is gone may abort this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":
