@@ -23,6 +23,8 @@ struct ChainFusedNet {
   const float* floats;
   const void* hi;
 };
+// The same of a network whose parameters are packed as chain_packed_cuda says (cuda/chain.cu, which lays them out).
+ChainFusedNet chain_fused_net(const ChainNet& net);
 // Is there a kernel for this attack on that device? Never depends on the number of images.
 bool chain_fused_covers(const ChainPlan& student, const ChainPlan& teacher, ChainLoss criterion, Norm norm, int device);
 int64_t chain_fused_workspace(const ChainPlan& student, const ChainPlan& teacher, int64_t n);

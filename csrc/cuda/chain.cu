@@ -521,14 +521,6 @@ class Attack {
   int64_t captured_ = 0;  // images that the graph is for
 };
 
-// The fused kernels' share of the packed parameters.
-ChainFusedNet fused_net(const ChainNet& net) {
-  if (!net.plan.records) return {net.plan, nullptr, nullptr};
-  const Layers layers(net.plan);
-  const float* const hi = net.packed + chain_packed_cuda(net.plan).hi_at;
-  return {net.plan, net.packed + layers.weights + layers.vectors,
-          reinterpret_cast<const uint16_t*>(hi) + layers.weights};
-}
 bool fusible(const ChainPlan& plan) { return !plan.records || chain_fused_size(plan).hi > 0; }
 
 }  // namespace
@@ -544,6 +536,15 @@ ChainPackedCuda chain_packed_cuda(const ChainPlan& plan) {
   p.lo_at = p.hi_at + p.hi / 2;
   p.size = p.lo_at + p.lo / 2;
   return p;
+}
+
+// The fused kernels' share of the packed parameters.
+ChainFusedNet chain_fused_net(const ChainNet& net) {
+  if (!net.plan.records) return {net.plan, nullptr, nullptr};
+  const Layers layers(net.plan);
+  const float* const hi = net.packed + chain_packed_cuda(net.plan).hi_at;
+  return {net.plan, net.packed + layers.weights + layers.vectors,
+          reinterpret_cast<const uint16_t*>(hi) + layers.weights};
 }
 
 void chain_map_cuda(const ChainPlan& plan, int32_t* map) {
@@ -612,7 +613,7 @@ void chain_pgd_cuda(const ChainPgd& a, Precision precision, int device, void* st
   const ChainPlan &student = a.student.plan, &teacher = a.teacher.plan;
   if (precision == Precision::float16 && fusible(student) && fusible(teacher) &&
       chain_fused_covers(student, teacher, a.criterion, a.norm, device))
-    return chain_fused_pgd(a, fused_net(a.student), fused_net(a.teacher), device, stream);
+    return chain_fused_pgd(a, chain_fused_net(a.student), chain_fused_net(a.teacher), device, stream);
   Attack(a, precision, device)(stream);
 }
 

@@ -1,7 +1,7 @@
 // Moments of two chains' channels: which networks have a kernel, its start, and from sums to moments.
 //
 // Mapping, passes and bound: chain_correlation.cuh. The blocks' sums are then added in order by a thread for each
-// moment: a pass over `blocks` times the moments, in L2.
+// moment, which reads up to seven of them in each block, in L2.
 #include "cuda/chain_correlation.cuh"
 
 #include "core/chain_correlation.h"
@@ -60,13 +60,9 @@ unsigned blocks_of(const ChainCorrelation& a, const DeviceTraits& traits) {
   return unsigned(a.n < traits.multiprocessors ? a.n : traits.multiprocessors);
 }
 
-// The fused kernels' share of a network's packed parameters: the last of its section (chain_packed_cuda), behind what
-// is a multiple of 8 values. Of float16, those are as many as there are in the section `lo`.
-Pointers fused_share(const ChainNet& net) {
-  const ChainPackedCuda size = chain_packed_cuda(net.plan);
-  const int64_t before = size.floats - (chain_fused_size(net.plan).floats + 3) / 4 * 4;
-  const auto* const halves = reinterpret_cast<const uint16_t*>(net.packed + size.hi_at) + size.lo;
-  return {net.packed + before, reinterpret_cast<const unsigned char*>(halves)};
+Pointers pointers(const ChainNet& net) {
+  const ChainFusedNet fused = chain_fused_net(net);
+  return {fused.floats, static_cast<const unsigned char*>(fused.hi)};
 }
 
 struct BlockSums {
@@ -76,9 +72,9 @@ struct BlockSums {
 };
 
 __global__ void __launch_bounds__(kThreads) chain_correlation_join_kernel(BlockSums b, double* moments) {
-  // What the sums cannot tell from a channel that never changes, counts as one: sum x^2 is off by up to about 1e-7.
+  // What the sums cannot tell from a channel that never changes, counts as one: sum x^2 is off by up to 4e-7.
   constexpr double kNothing = 1e-6;
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, m2 = m2_at(0, b.cs, b.ct);
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, first_m2 = m2_at(0, b.cs, b.ct);
   if (i >= moments_size(b.cs, b.ct)) return;
   const auto sum = [&](int64_t at) {
     double v = 0;
@@ -86,16 +82,20 @@ __global__ void __launch_bounds__(kThreads) chain_correlation_join_kernel(BlockS
     return v;
   };
   const double n = double(b.samples);
+  const auto m2 = [&](int64_t channel) {
+    const double all = sum(mean_at(channel)), square = sum(first_m2 + channel), v = square - all * all / n;
+    return v < kNothing * square ? 0 : v;  // NaN stays
+  };
   if (i == 0 || b.samples == 0) {
     moments[i] = i == 0 ? n : 0;
-  } else if (i < m2) {
+  } else if (i < first_m2) {
     moments[i] = sum(i) / n;
   } else if (i < cross_at(0, 0, b.cs, b.ct)) {
-    const double all = sum(mean_at(i - m2)), square = sum(i), v = square - all * all / n;
-    moments[i] = v < kNothing * square ? 0 : v;  // NaN stays
+    moments[i] = m2(i - first_m2);
   } else {
     const int64_t at = i - cross_at(0, 0, b.cs, b.ct), k = at / b.ct, j = at - k * b.ct;
-    moments[i] = sum(i) - sum(mean_at(k)) * sum(mean_at(b.cs + j)) / n;
+    const bool still = m2(k) == 0 || m2(b.cs + j) == 0;
+    moments[i] = still ? 0 : sum(i) - sum(mean_at(k)) * sum(mean_at(b.cs + j)) / n;
   }
 }
 
@@ -130,7 +130,7 @@ void chain_correlation_cuda(const ChainCorrelation& a, int device, void* stream)
   const unsigned blocks = blocks_of(a, traits);
   double* const sums = static_cast<double*>(a.workspace);
   const int64_t each = sums_before(t, s, s.depth);
-  if (blocks) e.run({a.x, fused_share(a.student), fused_share(a.teacher), sums, each, a.n}, blocks, stream);
+  if (blocks) e.run({a.x, pointers(a.student), pointers(a.teacher), sums, each, a.n}, blocks, stream);
   for (int l = 0; l < s.depth; ++l) {
     const BlockSums b{sums + sums_before(t, s, l), each, int64_t(blocks), a.n * s.area_of(l), s.c[l], t.c[l]};
     const auto grid = unsigned((moments_size(b.cs, b.ct) + kThreads - 1) / kThreads);

@@ -5,16 +5,17 @@
 // the same order in every run. Each network has one map in shared memory, of its largest layer, and works in it in
 // place: convolution l of the teacher, convolution l of the student, the sums of that pair of layers, and on to l + 1.
 // Passes over memory: the images once; for every image the weights once, from L2; for every image the block's own sums
-// (8 bytes for each moment: 48 KB for the paper's networks) once there and back, in L2.
-// Bound: tensor cores, as in the attack's forward passes; products for the sums are 8 % more of them.
+// (8 bytes for each moment: 44 KB for the paper's networks of 4 layers, 54 KB of 5) once there and back, in L2.
+// Bound: tensor cores in the convolutions, as in the attack's forward passes. The sums issue 10 % more products, in 12,
+// 6, 6 and 4 blocks for 8 warps: there, loads from shared memory.
 //
 // Sums of products: 16 x 16 of them, teacher's channels x student's, belong to a warp that goes through all pixels, so
 // no two warps meet in a sum. Both operands come from [pixel][channel] maps by transposing loads.
 //
 // Error of the sums: products of float16 values are exact; an image's sums of at most 900 of them are float32, which
-// costs about 1e-7 of Q = sum x^2 where threads add up, and at most 2^-23 of sum x y for each of 30 additions on tensor
-// cores, which may cut instead of rounding. Images are added in float64. There is no shift, so rho is off by
-// 4e-6 (1 + (mean / std)^2) at most; behind a ReLU mean / std is seldom above 3. float16 itself has moved each
+// costs up to 4e-7 of Q = sum x^2 where threads add up (all values equal), and about 2e-6 of sum x y, always towards 0,
+// on tensor cores, if they cut instead of rounding. Images are added in float64. There is no shift, so rho is off by
+// about 4e-6 (1 + (mean / std)^2); behind a ReLU mean / std is seldom above 3. float16 itself has moved each
 // activation by up to 5e-4 of its size.
 #pragma once
 #include "core/channel_correlation.h"
@@ -102,18 +103,30 @@ struct ChannelSums {
   __device__ __forceinline__ static void take(Shared map, Shared to) {
     const int word = int(threadIdx.x) % kWords, range = int(threadIdx.x) / kWords;
     if (range >= kRanges) return;
-    float sum[2] = {}, square[2] = {};
-    Shared at = map + uint32_t(range * L::kOutStride * 2 + word * 4);
-#pragma unroll 4
-    for (int pixel = range; pixel < L::kRows; pixel += kRanges, at += uint32_t(kRanges * L::kOutStride * 2)) {
-      float v[2];
-      unpack_f16(load_u32(at), v[0], v[1]);
+    // Four sums, each of 25 values of the paper's first maps: of equal values, whose rounding adds up, one is too
+    // rough.
+    constexpr int kParts = 4;
+    float sum[kParts][2] = {}, square[kParts][2] = {};
+    const Shared at = map + uint32_t(range * L::kOutStride * 2 + word * 4);
+#pragma unroll 1
+    for (int pixel = range; pixel < L::kRows; pixel += kParts * kRanges)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i] += v[i], square[i] = fmaf(v[i], v[i], square[i]);
-    }
+      for (int part = 0; part < kParts; ++part) {
+        const int here = pixel + part * kRanges;
+        if (here >= L::kRows) break;
+        float v[2];
+        unpack_f16(load_u32(at + uint32_t((here - range) * L::kOutStride * 2)), v[0], v[1]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sum[part][i] += v[i], square[part][i] = fmaf(v[i], v[i], square[part][i]);
+      }
+    const auto all = [](const float (&parts)[kParts][2], int i) {
+      double s = 0;
+      for (int part = 0; part < kParts; ++part) s += double(parts[part][i]);
+      return float(s);
+    };
     to += threadIdx.x * 16;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) store_f32(to + 4 * i, sum[i]), store_f32(to + 8 + 4 * i, square[i]);
+    for (int i = 0; i < 2; ++i) store_f32(to + 4 * i, all(sum, i)), store_f32(to + 8 + 4 * i, all(square, i));
   }
   // A thread has a channel, and goes through the ranges in order. `mean` and `m2`: this network's first.
   __device__ __forceinline__ static void add(Shared from, int channels, double* mean, double* m2, bool first) {

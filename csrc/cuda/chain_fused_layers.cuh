@@ -348,8 +348,8 @@ __device__ __forceinline__ void forward_layer(Shared in, Shared out, Shared gate
     });
   if (Conv::kNTiles % 2) clear_tail<Conv>(out);  // the next layer reads it, with weights of 0
 }
-// The same without gates and with one map for both: no warp stores before all have read. The barrier counts warps
-// wherever they come to it, so that those with a tile less may meet it on a way of their own.
+// The same without gates and with one map for both: no warp stores before all have read. Those with a tile less
+// come to the barrier on a way of their own.
 template <class N, int L, class R>
 __device__ __forceinline__ void forward_in_place(Shared map, const float* bias, int warp, R& ring) {
   using Conv = Layer<N, false, L>;
@@ -359,7 +359,7 @@ __device__ __forceinline__ void forward_in_place(Shared map, const float* bias, 
     Sums<Conv, kTiles> sums;
     begin<Conv, kTiles>(sums, bias);
     multiply<Conv, kTiles>(sums, map, 0, warp, 0, ring);
-    __syncthreads();
+    block_barrier();
     store<Conv, kTiles, Gates::none, false>(sums, map, 0, warp, 0);
   });
   clear_tail<Conv>(map);

@@ -35,6 +35,9 @@ TSR_DEVICE uint32_t lane_id() {
 // The same in all lanes, and known to be: branches on it are uniform.
 TSR_DEVICE int warp_id() { return __shfl_sync(0xffffffffu, int(threadIdx.x >> 5), 0); }
 
+// A __syncthreads that threads may come to in different places: that one wants all of a warp at the same instruction.
+TSR_DEVICE void block_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
 TSR_DEVICE uint32_t load_u32(Shared a) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));

@@ -174,6 +174,8 @@ TSR_DEVICE Shared shared_address(const void* p) {
 TSR_DEVICE uint32_t lane_id() { return uint32_t(emu::lane()); }
 TSR_DEVICE int warp_id() { return emu::B.cur / 32; }
 
+TSR_DEVICE void block_barrier() { __syncthreads(); }
+
 TSR_DEVICE uint32_t load_u32(Shared a) { return emu::load_shared<uint32_t>(a); }
 TSR_DEVICE float load_f32(Shared a) { return emu::load_shared<float>(a); }
 TSR_DEVICE double load_f64(Shared a) { return emu::load_shared<double>(a); }

@@ -7,6 +7,7 @@
 // those of activations that are worked out here in float16. All buffers are heap blocks of exactly the size that a
 // kernel may use and start as NaN. Exit code 1 and a line for each mismatch. EMU_ORDER=forward | reverse | random picks
 // the order of threads (csrc/emu/emu.h).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -59,6 +60,14 @@ struct Network {
   ChainNet cpu() const { return {plan(), packed.data()}; }
   ChainNet cuda() const { return {plan(), packed_cuda.data()}; }
   ChainFusedNet fused() const { return {plan(), floats.data(), halves.data()}; }
+  // With weights of 0, so that every channel of every layer is one of these constants, in turns.
+  void make_constant(const std::vector<float>& constants) {
+    std::fill(weights.begin(), weights.end(), 0.f);
+    for (const ChainRecord& r : records)
+      for (int64_t c = 0; c < r.oc; ++c) weights[size_t(r.bias + c)] = constants[size_t(c) % constants.size()];
+    floats.clear(), halves.clear();
+    pack();
+  }
   int64_t inputs() const { return plan().inputs(); }
   int64_t classes() const { return plan().classes(); }
 
@@ -515,6 +524,30 @@ void correlations_of_special_images(const Network& student, const Network& teach
   expect(!chain_correlation_covers(teacher.plan(), student.plan(), 0), "the pair is covered the other way round, too");
 }
 
+// Beside a student (and a teacher) whose channels never change, however their equal squares round: of these constants,
+// summed one after the other over the paper's first maps, float32 would make channels that vary.
+void constant_channels(Network student, Network teacher) {
+  const std::vector<float> constants{1717 / 1024.f, 1797 / 1024.f, 1883 / 1024.f, 1893 / 1024.f, 1137 / 1024.f};
+  Random r{98};
+  std::vector<float> x;
+  for (int64_t i = 0; i < student.inputs(); ++i) x.push_back(r.uniform());
+  student.make_constant(constants);
+  for (const bool both : {false, true}) {
+    if (both) teacher.make_constant(constants);
+    const AllMoments got = correlation(student, teacher, x.data(), 1);
+    for (size_t l = 0; l < got.size(); ++l) {
+      const int64_t cs = student.records[l].oc, ct = teacher.records[l].oc;
+      int64_t vary = 0, wrong = 0;
+      for (int64_t c = 0; c < cs; ++c) wrong += got[l][m2_at(c, cs, ct)] != 0;
+      for (int64_t c = cs; c < cs + ct; ++c) vary += got[l][m2_at(c, cs, ct)] != 0;
+      for (int64_t i = 0; i < cs * ct; ++i) wrong += got[l][cross_at(0, 0, cs, ct) + i] != 0;
+      expect(wrong == 0,
+             std::to_string(wrong) + " moments of constant channels are not 0 in layer " + std::to_string(l));
+      expect((vary == 0) == both, std::to_string(vary) + " channels of the teacher vary in layer " + std::to_string(l));
+    }
+  }
+}
+
 const char* const kLosses[] = {"cross_entropy",        "margin",        "oracle_l2",
                                "oracle_cross_entropy", "oracle_margin", "oracle_kl",
                                "oracle_max_difference"};
@@ -585,6 +618,8 @@ void small_correlations() {
     }
   where = "correlation of special images";
   correlations_of_special_images(pairs[0].second, pairs[0].first);
+  where = "45-32-32-20, 50-35-35-22 correlation of constant channels";  // smaller maps' sums are too short to fail
+  constant_channels(Network(22, 32, 10, {50, 35, 35, 22}), Network(21, 32, 10, {45, 32, 32, 20}));
 }
 
 void full_correlations() {

@@ -50,6 +50,20 @@ __global__ void shared_address_check(const uint32_t*, const float*, uint32_t* ou
 __global__ void lane_id_check(const uint32_t*, const float*, uint32_t* out) { out[threadIdx.x] = lane_id(); }
 __global__ void warp_id_check(const uint32_t*, const float*, uint32_t* out) { out[threadIdx.x] = uint32_t(warp_id()); }
 
+// Threads come to the barrier in two places, those of the second warp too, and then read what another one has written.
+__global__ void block_barrier_check(const uint32_t* bits, const float*, uint32_t* out) {
+  constexpr int kHere = 40;
+  const Shared s = fill(bits), other = s + 4 * (kThreads - 1 - threadIdx.x);
+  store_u32(s + 4 * threadIdx.x, ~bits[threadIdx.x]);
+  if (threadIdx.x < kHere) {
+    block_barrier();
+    out[threadIdx.x] = load_u32(other);
+  } else {
+    block_barrier();
+    out[threadIdx.x] = load_u32(other) + 1;
+  }
+}
+
 // --- shared memory by address
 
 __global__ void load_u32_check(const uint32_t* bits, const float*, uint32_t* out) {
@@ -274,6 +288,7 @@ const Check kChecks[] = {
     {"shared_address", shared_address_check, kThreads},
     {"lane_id", lane_id_check, kThreads},
     {"warp_id", warp_id_check, kThreads},
+    {"block_barrier", block_barrier_check, kThreads},
     {"load_u32", load_u32_check, kThreads},
     {"load_f32", load_f32_check, kThreads},
     {"load_f64", load_f64_check, 2 * kThreads},

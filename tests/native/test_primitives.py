@@ -176,6 +176,7 @@ def definitions(bits: np.ndarray, value: np.ndarray) -> Words:
         "shared_address": 12 * thread,
         "lane_id": thread % 32,
         "warp_id": thread // 32,
+        "block_barrier": ~bits[:THREADS][::-1] + (thread >= 40),
         "load_u32": loads(1),
         "load_f32": loads(1),
         "load_f64": loads(2),

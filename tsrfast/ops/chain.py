@@ -484,7 +484,20 @@ def has_fused_kernel(student: Tensor, teacher: Tensor | None, loss: str, norm: s
     """Whether `chain_pgd` in float16 on that GPU (None: the current one) runs these plans' attack as one kernel, else layer by layer.
 
     False without CUDA kernels or a GPU.
+
+    Raises:
+        InputError: a plan is not one.
     """
+    return _fused_covers("chain_fused_covers", student, teacher, device, LOSSES.index(loss), NORMS[norm])
+
+
+def _fused_covers(name: str, student: Tensor, teacher: Tensor | None, device: torch.device | None, *more: int) -> bool:
+    """The answer of the compiled function `name` on plans; False where there is nobody to ask."""
+    op = "has_fused_kernel"
+    for who, plan in (("student", student), ("teacher", teacher)):
+        if plan is not None:
+            _check_plan(op, who, plan)
+            _check_together(op, f"{who}_plan", plan)
     kernels = _native._C if _native.emulator is None else _native.emulator
     if not kernels.with_cuda or (_native.emulator is None and not torch.cuda.is_available()):
         return False
@@ -492,5 +505,8 @@ def has_fused_kernel(student: Tensor, teacher: Tensor | None, loss: str, norm: s
     if _native.emulator is None:
         where = torch.cuda.current_device() if device is None or device.index is None else device.index
     plans = (student.data_ptr(), len(student), _address(teacher), 0 if teacher is None else len(teacher))
-    covers: bool = kernels.cuda.chain_fused_covers(*plans, LOSSES.index(loss), NORMS[norm], where)
+    try:
+        covers: bool = getattr(kernels.cuda, name)(*plans, *more, where)
+    except ValueError as e:
+        raise InputError(f"tsrfast.{op}: {e}") from None
     return covers

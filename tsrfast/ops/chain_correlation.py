@@ -19,6 +19,7 @@ from tsrfast.ops.chain import (
     Network,
     _check_images,
     _check_together,
+    _fused_covers,
     _kernels,
     _net,
     _number,
@@ -186,8 +187,9 @@ def chain_correlation(
         layers are all of their convolutions, in order. Any other call on CUDA goes layer by layer in the same precision: activations of a
         bounded number of images at a time pass through the GPU's memory.
 
-        Activations that are not finite make their channels' moments NaN or infinite (in ``float16`` from 65504 on; the fused kernel may
-        then give NaN in channels that they are summed into).
+        Activations that are not finite make their channels' moments NaN or infinite (in ``float16`` from 65520 on; the fused kernel may
+        then give NaN in channels that they are summed into). The fused kernel sums without a shift: a correlation is off by about
+        4e-6 (1 + (mean / std)^2), and a channel whose std is below 1e-3 of its root mean square counts as constant: second moments 0.
 
     Raises:
         InputError: wrong dtype, shape, strides, device or precision, no layers, or layers that do not fit each other.
@@ -210,14 +212,8 @@ def has_fused_correlation(student: Tensor, teacher: Tensor, device: torch.device
 
     Returns:
         False without CUDA kernels or a GPU.
+
+    Raises:
+        InputError: a plan is not one.
     """
-    kernels = _native._C if _native.emulator is None else _native.emulator
-    if not kernels.with_cuda or (_native.emulator is None and not torch.cuda.is_available()):
-        return False
-    where = 0
-    if _native.emulator is None:
-        where = torch.cuda.current_device() if device is None or device.index is None else device.index
-    covers: bool = kernels.cuda.chain_correlation_covers(
-        student.data_ptr(), len(student), teacher.data_ptr(), len(teacher), where
-    )
-    return covers
+    return _fused_covers("chain_correlation_covers", student, teacher, device)

@@ -34,7 +34,7 @@ class NormalizedCorrelation:
     Attributes:
         rho: float64 [Cs, Ct] in [-1, 1]; row k is student node k, column j teacher node j. 0 where either is dead.
         dead_student, dead_teacher: bool [Cs], [Ct]: nodes whose activation does not vary (variance at most 1e-12 of the
-            mean square).
+            mean square; 1e-6 where a fused kernel took the moments, see `tsrfast.ops.chain_correlation`).
         count: samples, N H W.
     """
 
@@ -172,7 +172,7 @@ def accumulate(
             tried on two of the images, are those of the compiled networks' ReLUs; so activations are never stored. ``chain``: that,
             or an error that says why not; on CUDA too. ``eager``: the networks' own `activations`.
         precision: of native code, one of `tsrfast.ops.chain.PRECISIONS`; ``auto`` is float32 on the CPU and split on CUDA, where
-            ``float16`` may have a fused kernel (`tsrfast.ops.chain_correlation`).
+            ``float16`` may have a fused kernel (`tsrfast.ops.chain_correlation`; not for `Chain`s, whose logits are correlated, too).
 
     Returns:
         One `ChannelCorrelation` a layer, first layer first.
