@@ -488,12 +488,11 @@ def has_fused_kernel(student: Tensor, teacher: Tensor | None, loss: str, norm: s
     Raises:
         InputError: a plan is not one.
     """
-    return _fused_covers("chain_fused_covers", student, teacher, device, LOSSES.index(loss), NORMS[norm])
+    return _fused_covers("has_fused_kernel", "chain_fused_covers", student, teacher, device, LOSSES.index(loss), NORMS[norm])
 
 
-def _fused_covers(name: str, student: Tensor, teacher: Tensor | None, device: torch.device | None, *more: int) -> bool:
-    """The answer of the compiled function `name` on plans; False where there is nobody to ask."""
-    op = "has_fused_kernel"
+def _fused_covers(op: str, name: str, student: Tensor, teacher: Tensor | None, device: torch.device | None, *more: int) -> bool:
+    """The answer of the compiled function `name` on plans, for `op`; False where there is nobody to ask."""
     for who, plan in (("student", student), ("teacher", teacher)):
         if plan is not None:
             _check_plan(op, who, plan)

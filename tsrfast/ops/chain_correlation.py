@@ -216,4 +216,4 @@ def has_fused_correlation(student: Tensor, teacher: Tensor, device: torch.device
     Raises:
         InputError: a plan is not one.
     """
-    return _fused_covers("chain_correlation_covers", student, teacher, device)
+    return _fused_covers("has_fused_correlation", "chain_correlation_covers", student, teacher, device)
