@@ -37,7 +37,7 @@ def test_every_setting_can_be_overridden_with_its_own_value():
             continue
         value = getattr(PAPER, f.name)
         if value is None:
-            text = "all"
+            text = "none" if "str" in str(f.type) else "all"
         elif isinstance(value, tuple):
             text = ",".join(map(str, value))
         else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch
 from tsrfast._machine import choose_device
 from tsrfast._progress import Reporter
 from tsrfast.errors import EnvironmentFault, InputError
+from tsrfast.nets import ConvReLU, resnet18, save_checkpoint
 from tsrfast.suite.experiments import EXPERIMENTS
 from tsrfast.suite.experiments._common import number
-from tsrfast.suite.presets import SMOKE
+from tsrfast.suite.plan import plan
+from tsrfast.suite.presets import SMOKE, preset
 from tsrfast.suite.reproduce import reproduce
 
 
@@ -69,3 +72,36 @@ def test_devices():
             choose_device(name)
     with pytest.raises(EnvironmentFault, match=r"--device cuda:99: there is no such CUDA device here \(\d+ found\)"):
         choose_device("cuda:99")
+
+
+def test_an_oracle_out_of_a_file(tiny, tmp_path, tiny_settings):
+    """The students are those of the run that trained it, and no teacher is; the plan and other processes know of it."""
+    file = tiny.lab.oracle.folder / "oracle.safetensors"
+    sizes = preset("smoke", [*tiny_settings, f"oracle={file}"])
+    job = (["fig8"], sizes, "synthetic", tmp_path / "out", torch.device("cpu"), 0, Reporter())
+    assert re.search(r"oracle [0-9-]+ +given ", plan(*job).text())
+    reproduce(*job)
+    made = {path.name.partition("-")[0] for path in (tmp_path / "out" / "store").iterdir()}
+    assert "oracle" in made
+    assert "teacher" not in made
+    got = json.loads((tmp_path / "out" / "results.json").read_text())["experiments"]["fig8"]
+    assert got["cells"] == tiny.results["experiments"]["fig8"]["cells"]
+    assert got["curves"] == tiny.results["experiments"]["fig8"]["curves"]
+    reproduce(*job[:3], tmp_path / "jobs", *job[4:], jobs=2)
+    assert json.loads((tmp_path / "jobs" / "results.json").read_text())["experiments"]["fig8"] == got
+
+
+def test_files_that_are_no_oracle(tmp_path, tiny_settings):
+    def attempt(path):
+        sizes = preset("smoke", [*tiny_settings, f"oracle={path}"])
+        reproduce(["fig8"], sizes, "synthetic", tmp_path / "out", torch.device("cpu"), 0, Reporter())
+
+    with pytest.raises(InputError, match="--set oracle: must be a file, got '/nowhere'"):
+        attempt("/nowhere")
+    (tmp_path / "text").write_text("no network")
+    with pytest.raises(InputError, match="safetensors"):
+        attempt(tmp_path / "text")
+    for name, net in {"deep": ConvReLU((4,) * 5), "small": ConvReLU((4,) * 4, image=(3, 16, 16)), "res": resnet18()}.items():
+        save_checkpoint(tmp_path / name, net)
+        with pytest.raises(InputError, match=r"--set oracle: must be a ConvReLU of 4 convolutions for images \[3, 32, 32\]"):
+            attempt(tmp_path / name)

@@ -114,7 +114,12 @@ class Lab:
 
     @functools.cache  # noqa: B019
     def oracle_of(self, nets: str) -> Artifact:
-        """The oracle f*: teacher pruned, fine-tuned, shrunk and folded."""
+        """The oracle f*: teacher pruned, fine-tuned, shrunk and folded; of 4 layers the preset's own, if it names one."""
+        if nets == NETS[0] and self.preset.oracle is not None:
+            file = stages.digest_of_oracle(self.preset.oracle)
+            given = {"file": file, "data": self.data.fingerprint, "device": self.device.type}
+            take = functools.partial(stages.take_oracle, self, self.preset.oracle)
+            return self.store.artifact("oracle", given, {}, take, resumable=False)
         teacher, ratios = self.teacher_of(nets), self._depth(nets)["prune_ratios"]
         config = self._settings(
             "finetune_epochs", "finetune_lr", "teacher_optimizer", "teacher_batch_size", "teacher_weight_decay", "teacher_augment",

@@ -33,7 +33,7 @@ from tsrfast.suite.modes import MODES
 from tsrfast.suite.presets import Preset
 from tsrfast.suite.report import load_run
 from tsrfast.suite.seeds import checked_seeds
-from tsrfast.suite.stages import MEAN, STD
+from tsrfast.suite.stages import MEAN, STD, read_oracle
 from tsrfast.suite.store import Artifact, Store
 
 # Mode -> attacks on each image of a batch, and whether their gradient goes through the oracle too. Others train on what they are given.
@@ -93,7 +93,7 @@ class Plan:
 
     def seconds(self, stages: Sequence[Planned]) -> float:
         """Estimated time of those that are not there yet, one after the other."""
-        return sum(s.flop / self.rates[s.kind].flop for s in stages if not s.cached)
+        return sum(s.flop / self.rates[s.kind].flop for s in stages if s.flop and not s.cached)
 
     def text(self) -> str:
         """For people: a block an experiment, a line for all stages alike, totals."""
@@ -157,7 +157,7 @@ def plan(
         finally:
             listed.close()
     stages = tuple(listed.planned.values())
-    wanted = dict.fromkeys(s.kind for s in stages if not s.cached)
+    wanted = dict.fromkeys(s.kind for s in stages if s.flop and not s.cached)
     rates = {kind: rate for kind, rate in recorded_rates(stages, out).items() if kind in wanted}
     if missing := [kind for kind in wanted if kind not in rates]:
         with reporter.task("measuring some steps"):
@@ -234,6 +234,8 @@ class StandIns(Store):
         """The network that a stage makes or works on, then the oracle (of "oracle": the teacher) it is held against."""
         if stage == "teacher":
             return (self._net(tuple(config["widths"]), True),)
+        if stage == "oracle" and self._preset.oracle is not None and not inputs:
+            return (read_oracle(self.lab(0, torch.device("cpu")), self._preset.oracle),)
         if stage == "oracle":
             teacher = self._nets[inputs["teacher"].key]
             return fold(shrink(teacher, prune_masks(teacher, config["prune_ratios"]))), teacher
@@ -316,6 +318,8 @@ def describe(
     widths = ["-".join(map(str, net.widths)) for net in nets]
     test, train = len(data.test), len(data.train)
     seen = min(p.student_images or train, train)
+    if stage == "oracle" and len(nets) == 1:
+        return f"oracle {widths[0]}", "given", 0.0, "teacher training"
     if stage in ("teacher", "oracle"):
         epochs = p.teacher_epochs if stage == "teacher" else p.finetune_epochs
         return f"{stage} {widths[0]}", _epochs(epochs, train), 2 * 3 * macs[-1] * epochs * train, "teacher training"

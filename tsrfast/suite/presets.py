@@ -63,6 +63,9 @@ class Preset:
     eval_batch_size: int
     correlation_images: int | None
     patch_images: int
+    # instead of training it
+    oracle: str | None = None
+    """File of an oracle of 4 layers (`tsrfast.nets.save_checkpoint`), or none; that of 5 layers is trained all the same."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -130,7 +133,7 @@ PRESETS = {p.name: p for p in (SMOKE, QUICK, PAPER)}
 def preset(name: str, overrides: list[str] = []) -> Preset:  # noqa: B006  (read only)
     """The preset of that name with ``key=value`` overrides.
 
-    Values: numbers, ``true``/``false``, ``all`` where every image may be taken, comma-separated numbers for the lists.
+    Values: numbers, ``true``/``false``, ``all`` where every image may be taken, ``none`` for no file, comma-separated numbers for the lists.
 
     Raises:
         InputError: unknown preset or key (with the nearest match), or a value that does not fit.
@@ -151,8 +154,8 @@ def preset(name: str, overrides: list[str] = []) -> Preset:  # noqa: B006  (read
 
 def _parse(key: str, kind: str, text: str) -> Any:
     try:
-        if kind == "str":
-            return text
+        if kind.startswith("str"):
+            return None if "None" in kind and text == "none" else text
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
         if kind == "int | None" and text == "all":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tsrfast.attacks import PGD, CrossEntropy, Loss, OracleCrossEntropy, OracleK
 from tsrfast.chain import logits
 from tsrfast.data import Split
 from tsrfast.data.augment import Augment
+from tsrfast.errors import InputError
 from tsrfast.nets import (
     ConvReLU,
     apply_masks,
@@ -118,6 +120,41 @@ def make_oracle(lab: Lab, teacher: Artifact, ratios: tuple[float, ...], folder: 
     }
     save_checkpoint(folder / "oracle.safetensors", oracle, test_accuracy=accuracy)
     atomic_write(folder / "accuracy.json", json.dumps(accuracy))
+
+
+def digest_of_oracle(path: str) -> str:
+    """SHA-256 of the file.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as e:
+        raise InputError(f"--set oracle: must be a file, got {path!r}: {e.strerror or e}") from e
+
+
+def read_oracle(lab: Lab, path: str) -> ConvReLU:
+    """A network from `save_checkpoint` as an oracle of 4 layers: batch normalisation and the input's folded.
+
+    Raises:
+        InputError: not such a file, or not a `ConvReLU` of 4 convolutions for the data's images and classes.
+    """
+    model, _ = load_checkpoint(path)
+    wanted = (tuple(lab.data.train.images.shape[1:]), len(lab.data.classes), len(lab.preset.widths))
+    if not isinstance(model, ConvReLU) or (model.image, model.classes, len(model.widths)) != wanted:
+        image, classes, layers = wanted
+        raise InputError(
+            f"--set oracle: must be a ConvReLU of {layers} convolutions for images {list(image)} and {classes} classes, got "
+            f"{type(model).__name__}{f' {model.config}' if isinstance(model, ConvReLU) else ''}"
+        )
+    return fold(model)
+
+
+def take_oracle(lab: Lab, path: str, folder: Path) -> None:
+    """The oracle out of a file."""
+    oracle = read_oracle(lab, path).to(lab.device)
+    save_checkpoint(folder / "oracle.safetensors", oracle, test_accuracy={"oracle": _test_accuracy(lab, oracle)})
 
 
 def _train_on_labels(
