@@ -44,7 +44,7 @@ def reproduce(
         typer.Argument(help="table1 to table5, fig2 to fig12, fig14 to fig16, global; all, or none named: all of them."),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Size of the run: smoke (a minute), quick (forty minutes), paper (for a GPU).")
+        str, typer.Option(help="Size of the run: smoke (a minute), quick (half an hour), paper (for a GPU).")
     ] = "quick",
     data: Annotated[str, typer.Option(help="synthetic, cifar10:PATH or folder:PATH.")] = "synthetic",
     out: Annotated[Path, typer.Option(help="Folder for report and results; used again, it goes on where it was.")] = Path(
