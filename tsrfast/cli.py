@@ -84,6 +84,30 @@ def reproduce(
             print(said)
 
 
+@app.command()
+def oracle(
+    preset: Annotated[str, typer.Option(help="Size of the oracle and of its training: smoke, quick, paper.")] = "quick",
+    data: Annotated[str, typer.Option(help="synthetic, cifar10:PATH or folder:PATH.")] = "synthetic",
+    out: Annotated[
+        Path, typer.Option(help="Folder for oracle.safetensors and oracle.json; used again, it goes on where it was.")
+    ] = Path("runs/oracle"),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting of the preset: key=value, repeatable.")
+    ] = None,
+) -> None:
+    """Train, prune and fine-tune the oracle alone, for reproduce --set oracle=FILE; oracle.json is the record of its training."""
+    from tsrfast._machine import choose_device
+    from tsrfast._progress import Reporter
+    from tsrfast.suite.oracle import write_oracle
+    from tsrfast.suite.presets import preset as choose_preset
+
+    chosen, where = choose_preset(preset, set_ or []), choose_device(device)
+    with _interruptible():
+        print(write_oracle(chosen, data, out, where, seed, Reporter()))
+
+
 Model = Annotated[Path, typer.Option(help="Checkpoint of a network (safetensors, from tsrfast.nets.save_checkpoint).")]
 Data = Annotated[str, typer.Option(help="synthetic, cifar10:PATH or folder:PATH.")]
 Split = Annotated[str, typer.Option(help="test or train.")]

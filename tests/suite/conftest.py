@@ -19,7 +19,7 @@ from tsrfast.suite.store import Store
 
 SETTINGS = {
     "train_images": 512, "student_images": 128, "test_images": 160, "widths": "8,8,8,8", "teacher_epochs": 6, "teacher_batch_size": 16,
-    "teacher_lr": "cosine:0.01", "epochs": "1,2,3,4,6", "batch_size": 16, "lr": "constant:0.003", "train_steps": 1, "steps": 2,
+    "teacher_lr": "cosine:0.003", "epochs": "1,2,3,4,6", "batch_size": 16, "lr": "constant:0.003", "train_steps": 1, "steps": 2,
     "repetitions": 2, "eval_images": 24, "matrix_images": 24, "eval_batch_size": 24, "correlation_images": 40, "patch_images": 40,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from tsrfast._machine import choose_device
 from tsrfast._progress import Reporter
 from tsrfast.errors import EnvironmentFault, InputError
-from tsrfast.nets import ConvReLU, resnet18, save_checkpoint
+from tsrfast.nets import ConvReLU, load_checkpoint, resnet18, save_checkpoint
 from tsrfast.suite.experiments import EXPERIMENTS
 from tsrfast.suite.experiments._common import number
 from tsrfast.suite.plan import plan
@@ -89,6 +89,23 @@ def test_an_oracle_out_of_a_file(tiny, tmp_path, tiny_settings):
     assert got["curves"] == tiny.results["experiments"]["fig8"]["curves"]
     reproduce(*job[:3], tmp_path / "jobs", *job[4:], jobs=2)
     assert json.loads((tmp_path / "jobs" / "results.json").read_text())["experiments"]["fig8"] == got
+
+
+def test_an_oracle_with_a_dead_layer(tiny, tmp_path, tiny_settings):
+    """No node of its last layer has a correlation: what is not defined is empty, what compares it does not hold, and there is a report."""
+    net, _ = load_checkpoint(tiny.lab.oracle.folder / "oracle.safetensors")
+    with torch.no_grad():
+        net.convs[-1].bias.fill_(-1e4)
+    save_checkpoint(tmp_path / "dead", net)
+    sizes = preset("smoke", [*tiny_settings, f"oracle={tmp_path / 'dead'}"])
+    reproduce(["fig3", "global"], sizes, "synthetic", tmp_path / "out", torch.device("cpu"), 0, Reporter())
+    e = json.loads((tmp_path / "out" / "results.json").read_text())["experiments"]["global"]
+    assert e["curves"] == []
+    (claim,) = e["claims"]
+    assert (claim["holds"], claim["left"]) == (False, None)
+    rows = {c["row"]: c["measured"] for c in e["cells"] if c["column"] == "Spearman"}
+    assert rows["all students"] is rows["all students, MBNC of layer 3"] is None
+    assert rows["all students, MBNC of layer 0"] is not None
 
 
 def test_files_that_are_no_oracle(tmp_path, tiny_settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,17 @@ class Dataset:
             if low < 0 or high >= len(self.classes):
                 allowed = f"0..{len(self.classes) - 1}"
                 raise InputError(f"tsrfast.data.Dataset: {which} labels must be in {allowed}, got {low}..{high}")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results say of it, as JSON."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "sizes": {"train": len(self.train), "test": len(self.test)},
+            "sources": [{"file": name, "sha256": digest} for name, digest in self.sources],
+            "notes": list(self.notes),
+        }
 
 
 def fingerprint(train: Split, test: Split) -> str:

@@ -122,7 +122,7 @@ class Lab:
             return self.store.artifact("oracle", given, {}, take, resumable=False)
         teacher, ratios = self.teacher_of(nets), self._depth(nets)["prune_ratios"]
         config = self._settings(
-            "finetune_epochs", "finetune_lr", "teacher_optimizer", "teacher_batch_size", "teacher_weight_decay", "teacher_augment",
+            "finetune_epochs", "finetune_lr", "finetune_shrunk", "teacher_optimizer", "teacher_batch_size", "teacher_weight_decay", "teacher_augment",
         ) | {"prune_ratios": ratios}  # fmt: skip
         build = functools.partial(stages.make_oracle, self, teacher, ratios)
         return self.store.artifact("oracle", config, {"teacher": teacher}, build, resumable=True)

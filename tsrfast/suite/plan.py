@@ -322,7 +322,8 @@ def describe(
         return f"oracle {widths[0]}", "given", 0.0, "teacher training"
     if stage in ("teacher", "oracle"):
         epochs = p.teacher_epochs if stage == "teacher" else p.finetune_epochs
-        return f"{stage} {widths[0]}", _epochs(epochs, train), 2 * 3 * macs[-1] * epochs * train, "teacher training"
+        trained = macs[0 if p.finetune_shrunk else -1]
+        return f"{stage} {widths[0]}", _epochs(epochs, train), 2 * 3 * trained * epochs * train, "teacher training"
     if stage == "patches":
         n, (channels, height, width) = min(p.patch_images, train), data.train.images.shape[1:]
         return "patch PCA", f"{n:,} images", 2 * n * (height - 2) * (width - 2) * (9 * channels) ** 2, "correlation"

@@ -36,6 +36,8 @@ class Preset:
     teacher_augment: bool
     finetune_epochs: int
     finetune_lr: str
+    finetune_shrunk: bool
+    """Drop the pruned channels before fine-tuning, not after it: the same network but for rounding, at the pruned one's cost."""
     # students
     student_factor: float
     epochs: tuple[int, ...]
@@ -100,7 +102,7 @@ PAPER = Preset(
     train_images=None, student_images=None, test_images=None,
     widths=(64, 64, 64, 64), prune_ratios=(0.3, 0.5, 0.5, 0.7),
     teacher_epochs=200, teacher_optimizer="sgd", teacher_lr="cosine:0.1", teacher_batch_size=128, teacher_weight_decay=5e-4,
-    teacher_augment=True, finetune_epochs=60, finetune_lr="cosine:0.01",
+    teacher_augment=True, finetune_epochs=60, finetune_lr="cosine:0.01", finetune_shrunk=True,
     student_factor=1.1, epochs=PAPER_EPOCHS, optimizer="sgd", lr="piecewise:0=0.001,5=0.002,10=0.005,30=0.01", batch_size=64,
     eps=10 / 255, train_steps=40, train_step_size=0.01, rft_steps=1000, rft_step_size=0.1, steps=40, step_size=0.01, l2_eps=0.5, l1_eps=12.0,
     repetitions=10, eval_images=5000, matrix_images=10000, eval_batch_size=500, correlation_images=None, patch_images=4000,
@@ -113,7 +115,7 @@ QUICK = dataclasses.replace(
     train_images=20000, student_images=6144, test_images=2000,
     widths=(32, 28, 28, 32),
     teacher_epochs=3, teacher_lr="cosine:0.02", teacher_batch_size=64, teacher_weight_decay=0.005, teacher_augment=False,
-    finetune_epochs=1, finetune_lr="cosine:0.005",
+    finetune_epochs=1, finetune_lr="cosine:0.005", finetune_shrunk=False,
     epochs=(1, 2, 3, 4, 6), optimizer="adam", lr="constant:0.0007", batch_size=32,
     train_steps=5, train_step_size=0.02, rft_steps=20, rft_step_size=0.5, steps=10,
     repetitions=2, eval_images=400, matrix_images=2000, eval_batch_size=100, correlation_images=1000, patch_images=1000,

@@ -110,19 +110,12 @@ def reproduce(
 
 def _results(lab: Lab, names: Sequence[str]) -> dict[str, Any]:
     """What results.json holds, after all experiments have run."""
-    data = lab.data
     results: dict[str, Any] = _without_nan({
         "schema": 1,
         "tsrfast": tsrfast.__version__,
         "preset": lab.preset.name,
         "seed": lab.seed,
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "sizes": {"train": len(data.train), "test": len(data.test)},
-            "sources": [{"file": name, "sha256": digest} for name, digest in data.sources],
-            "notes": list(data.notes),
-        },
+        "data": lab.data.record,
         "device": lab.device.type,
         "settings": dataclasses.asdict(lab.preset),
         "experiments": {name: EXPERIMENTS[name](lab) for name in names},

@@ -101,17 +101,19 @@ def train_teacher(lab: Lab, widths: tuple[int, ...], folder: Path) -> None:
 
 
 def make_oracle(lab: Lab, teacher: Artifact, ratios: tuple[float, ...], folder: Path) -> None:
-    """Prune by fan-out, fine-tune under the masks, drop the pruned channels, fold BN and normalisation."""
+    """Prune by fan-out, fine-tune, drop the pruned channels (before or after: see `Preset.finetune_shrunk`), fold BN and normalisation."""
     p = lab.preset
     model, record = load_checkpoint(teacher.folder / "teacher.safetensors")
     model.to(lab.device)
     masks = prune_masks(model, ratios)
     apply_masks(model, masks)
     pruned = _test_accuracy(lab, model)
+    if p.finetune_shrunk:
+        model = shrink(model, masks)
     if p.finetune_epochs:
-        _train_on_labels(lab, model, folder, "oracle", p.finetune_epochs, p.finetune_lr, masks)
+        _train_on_labels(lab, model, folder, "oracle", p.finetune_epochs, p.finetune_lr, None if p.finetune_shrunk else masks)
     model.eval()
-    oracle = fold(shrink(model, masks))
+    oracle = fold(model if p.finetune_shrunk else shrink(model, masks))
     accuracy = {
         "teacher": record["test_accuracy"],
         "pruned": pruned,

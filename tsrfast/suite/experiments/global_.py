@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -104,17 +105,18 @@ def run(lab: Lab) -> dict[str, Any]:
             number(s.title, "MBNC, mean over layers", points[s][0], len(by_layer[s]), group="Students"),
         ]
     kind = {s: KINDS.get(s.mode, str(style(s)["family"])) for s in everybody}
-    for name in dict.fromkeys(kind.values()):
-        mine = [s for s in everybody if kind[s] == name]
+    drawn = [s for s in everybody if not math.isnan(points[s][0])]
+    for name in dict.fromkeys(kind[s] for s in drawn):
+        mine = [s for s in drawn if kind[s] == name]
         curves.append({
             "panel": "Specialization and robustness", "name": name, "x": [points[s][0] for s in mine], "y": [points[s][1] for s in mine],
             "style": {"family": name, "shade": 0.75}, "x_label": "MBNC, mean over layers", "y_label": "robust accuracy, %", "kind": "scatter",
         })  # fmt: skip
     whole = _rank_correlation(points.values())
     families = within(points)
-    curves[0]["annotation"] = (
-        f"Spearman {whole.r:.3f} (n = {whole.n}); within families, pooled: {families['within families, pooled'].r:.3f}"
-    )
+    for first in curves[:1]:
+        pooled = families["within families, pooled"]
+        first["annotation"] = f"Spearman {whole.r:.3f} (n = {whole.n}); within families, pooled: {pooled.r:.3f}"
     rows = {"all students": whole}
     rows["students trained on logits"] = _rank_correlation(p for s, p in points.items() if s.mode not in ON_LABELS)
     for layer in range(len(by_layer[everybody[0]])):
@@ -141,7 +143,8 @@ def run(lab: Lab) -> dict[str, Any]:
             size_note(lab),
             "The paper prints no number for this. The students are those that the experiments before this one used, and always AT, ST and ST-label; "
             "checkpoints of one training are not independent of one another. The degenerate "
-            "variant of CCAT (table 4), which is not the paper's, is left out.",
+            "variant of CCAT (table 4), which is not the paper's, is left out. MBNC is not defined, and no point drawn, where a layer's oracle "
+            "nodes are all dead.",
             "Within families: the students that are trained on the same targets in the same way. Their logits have one scale, so that the attack is "
             "as strong on all of them. High there but not over all students: what separates families is the attack's reading (table 3), not how "
             "specialized nodes are. Low there too: size, or specialization does not decide. Pooled: each student's ranks are taken among its own "
