@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 # What holds the kernels of a file against the CPU, by the beginning of the file's name. "": all others.
-CHECKS = {"chain_fused": "fused_check", "chain_correlation": "fused_check", "chain": "layers_check", "": "emu_check"}
+CHECKS = {"chain_fused": "fused_check", "chain_correlation": "correlation_check", "chain": "layers_check", "": "emu_check"}
 
 
 class Fault(NamedTuple):

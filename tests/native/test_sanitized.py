@@ -15,6 +15,7 @@ import pytest
 ORDERS = {
     "emu_check": ["forward", "reverse", "random"],
     "fused_check": ["forward", "reverse", "random"],
+    "correlation_check": ["forward", "reverse", "random"],
     "layers_check": ["random"],  # takes minutes; the others run unsanitized through Python
     "chain_check": ["forward"],  # emulates nothing
 }
