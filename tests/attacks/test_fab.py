@@ -74,7 +74,8 @@ def test_a_targeted_run_equals_the_authors(norm):
         theirs.target_class = k + 1
         want = theirs.attack_single_run(x, y, is_targeted=True).detach()
         only = _Only(norm=norm, eps=math.inf, steps=20, keep="best", target_classes=k)
-        torch.testing.assert_close(only(MODEL, x, y), want, rtol=0, atol=2e-5)
+        # the sums of l1, as above, through 20 steps: 2.4e-5 on a CPU without AVX-512
+        torch.testing.assert_close(only(MODEL, x, y), want, rtol=0, atol=5e-5 if norm == "l1" else 2e-5)
 
 
 class _Only(FABTargeted):
@@ -191,7 +192,8 @@ def test_restarts_begin_elsewhere(norm):
                 assert not any(torch.equal(start, other) for other in starts[:k])
         one = dataclasses.replace(attack, restarts=1).run(MODEL, x, y)
         assert (result.success >= one.success).all()
-        nearer = lengths(result.x_adv, x, norm) <= lengths(one.x_adv, x, norm) + 1e-6
+        rounding = 1e-5 if norm == "l1" else 1e-6  # of the float32 sums by which the nearest is kept
+        nearer = lengths(result.x_adv, x, norm) <= lengths(one.x_adv, x, norm) + rounding
         assert nearer[one.success].all()
 
 
