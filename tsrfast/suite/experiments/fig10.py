@@ -17,13 +17,17 @@ SOURCE = "section 5.5, Fig. 10"
 def claims(means: dict[str, dict[Student, float]]) -> list[dict[str, Any]]:
     """Noise aligns filters, most of all outside of the subspace; by the means of the curves at 300 epochs."""
     size = "Size: first-layer filters move slowly; more epochs would decide."
+    longer = "Size: first-layer filters move slowly. The quick preset's students trained four times as long (epochs=3,6,12,18,24; seeds 0, 1, 2): "
     gain = {name: m[ST[-1]] - m[ST_GAUSS[-1]] for name, m in means.items()}
     inside, outside = means["eps_in"], means["eps_out"]
     return [
         compare("noise lowers eps_out, at 300 epochs", outside[ST_GAUSS[-1]], "<", outside[ST[-1]], source=SOURCE, strong=True,
-                if_failed=size + " With noise, images have energy in all directions, so a faithful run must show this."),
+                if_failed=longer + "noise lowers eps_out by 0.02 to 0.03, in each seed. "
+                "With noise, images have energy in all directions, so a faithful run must show this."),
         compare("noise lowers eps_in, at 300 epochs", inside[ST_GAUSS[-1]], "<", inside[ST[-1]], source=SOURCE, if_failed=size),
-        compare("noise lowers eps_out more than eps_in, at 300 epochs", gain["eps_out"], ">", gain["eps_in"], source=SOURCE, if_failed=size),
+        compare("noise lowers eps_out more than eps_in, at 300 epochs", gain["eps_out"], ">", gain["eps_in"], source=SOURCE,
+                if_failed=longer + "by 0.028 against 0.055 in eps_in, and more in eps_out in one seed. Without noise eps_in is 0.95 there, nearly "
+                "that of random filters, so there is more to gain inside; a run of the paper's length would decide."),
         compare("noise lowers eps_out, at 50 epochs already", outside[ST_GAUSS[0]], "<", outside[ST[0]], source=SOURCE, if_failed=size),
     ]  # fmt: skip
 
