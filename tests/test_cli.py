@@ -92,6 +92,20 @@ def test_report_over_seeds(call, tmp_path):
     )
 
 
+def test_oracle(call, tmp_path):
+    """Trained alone, and taken up by a run: the students are those of the run that trains its own."""
+    code, out, progress = call("oracle", *FAST[1:], "--out", tmp_path / "oracle")
+    assert (code, out) == (0, f"{tmp_path / 'oracle' / 'oracle.safetensors'}\n")
+    assert re.search(r"^oracle: \d+\.\d s$", progress, re.MULTILINE)
+    assert {p.name for p in (tmp_path / "oracle").iterdir()} == {"oracle.safetensors", "oracle.json", "store"}
+    cells = []
+    for more in ([], ["--set", f"oracle={out.strip()}"]):
+        where = tmp_path / str(len(cells))
+        assert call("reproduce", *FAST, *more, "--out", where)[0] == 0
+        cells.append({table.name: table.read_bytes() for table in (where / "csv").iterdir()})
+    assert cells[0] == cells[1]
+
+
 def test_help(call):
     code, out, _ = call("reproduce", "--help")
     assert code == 0
@@ -112,6 +126,21 @@ def test_help(call):
 
 
 # --- the user's mistakes: 2 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "quik"], "unknown preset 'quik'"),
+        (["--set", "widths=0,1,1,1"], "--set widths: must be positive integers"),
+        (["--set", "oracle=pretrained"], "--set oracle: must not be given where the oracle is to be trained, got 'pretrained'"),
+        (["--data", "cifar10:/no/such/place"], "path must exist, got '/no/such/place'"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--seed", "-1"], "--seed: must be an integer >= 0, got -1"),
+    ],
+)
+def test_wrong_words_for_the_oracle(call, tmp_path, words, message):
+    check_refusal(call("oracle", *words, "--out", tmp_path / "run"), 2, message, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
 import re
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from tsrfast.nets import PRETRAINED_ORACLE
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -116,6 +119,11 @@ def test_specialization_example(capsys):
     nn.init.ones_(teacher[0].bias)  # no dead channel
     exec(code, {"student_act": teacher, "teacher_act": teacher, "batches": torch.rand(3, 2, 3, 8, 8)})
     assert "specialized=4" in capsys.readouterr().out
+
+
+def test_states_the_accuracy_of_the_pretrained_oracle():
+    record = json.loads(PRETRAINED_ORACLE.with_suffix(".json").read_text())
+    assert f"to {record['test_accuracy']['oracle']:.1f} % test" in README.replace("\n", " ")
 
 
 def test_gradient_rule_example(capsys):

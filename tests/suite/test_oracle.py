@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ import torch
 from tsrfast._progress import Reporter
 from tsrfast.data import load
 from tsrfast.errors import EnvironmentFault, InputError
-from tsrfast.nets import ConvReLU, apply_masks, fold, load_checkpoint, prune_masks, shrink
+from tsrfast.nets import PRETRAINED_ORACLE, ConvReLU, apply_masks, fold, load_checkpoint, pretrained_oracle, prune_masks, shrink
 from tsrfast.suite.oracle import SETTINGS, write_oracle
 from tsrfast.suite.presets import preset
+from tsrfast.suite.reproduce import reproduce
 from tsrfast.suite.store import Store
 from tsrfast.training import TrueLabels, train
 
 CPU = torch.device("cpu")
+CIFAR10 = Path(os.environ.get("TSRFAST_DATA", "/nonexistent")) / "cifar10"
 
 
 def test_the_oracle_is_that_of_a_run(tiny, tmp_path, tiny_settings):
@@ -97,3 +101,49 @@ def test_shrunk_before_fine_tuning(tiny, tmp_path, tiny_settings):
     x = tiny.lab.data.test.pixels()
     assert (got(x) - want(x)).abs().max() < 0.02 * want(x).abs().max()
     assert file.read_bytes() != (tiny.lab.oracle.folder / "oracle.safetensors").read_bytes()
+
+
+# --- the one that comes with the package --------------------------------------------------------------------------------
+
+
+def test_the_pretrained_oracle_is_the_papers_net():
+    """Section 5.1: 45-32-32-20 channels; no normalisation is left in it. Small enough for a package."""
+    net = pretrained_oracle()
+    assert (net.widths, net.image, net.classes, net.batch_norm) == ((45, 32, 32, 20), (3, 32, 32), 10, False)
+    assert net.mean is None
+    assert not net.training
+    assert PRETRAINED_ORACLE.stat().st_size < 1_000_000
+
+
+def test_the_pretrained_oracle_has_its_record():
+    record = json.loads(PRETRAINED_ORACLE.with_suffix(".json").read_text())
+    assert record["sha256"] == hashlib.sha256(PRETRAINED_ORACLE.read_bytes()).hexdigest()
+    assert set(record["settings"]) == set(SETTINGS)
+    assert record["settings"]["widths"] == [64] * 4
+    assert record["data"]["name"] == "cifar10"
+    assert record["data"]["sizes"] == {"train": 50000, "test": 10000}
+    assert len(record["teacher"]) == record["settings"]["teacher_epochs"]
+    assert len(record["fine-tuning"]) == record["settings"]["finetune_epochs"]
+
+
+@pytest.mark.skipif(not list(CIFAR10.glob("test-*.parquet")), reason="TSRFAST_DATA/cifar10 is not there")
+def test_the_pretrained_oracle_has_its_accuracy():
+    """On the file of its record to a few images that rounding decides, on another copy of CIFAR-10 within a point."""
+    record, data = json.loads(PRETRAINED_ORACLE.with_suffix(".json").read_text()), load(f"cifar10:{CIFAR10}", train=1)
+    test, net = data.test, pretrained_oracle()
+    with torch.no_grad():
+        right = [(net(test.pixels(slice(k, k + 500))).argmax(1) == test.labels[k : k + 500]) for k in range(0, len(test), 500)]
+    same = data.record["sources"][-1] == record["data"]["sources"][-1]
+    wanted = pytest.approx(record["test_accuracy"]["oracle"], abs=0.05 if same else 1)
+    assert 100 * torch.cat(right).double().mean().item() == wanted
+
+
+def test_students_of_the_pretrained_oracle(tmp_path, tiny_settings):
+    sizes = preset("smoke", [*tiny_settings, "oracle=pretrained", "epochs=1,2,3,4,5", "student_images=16"])
+    reproduce(["fig8"], sizes, "synthetic", tmp_path, CPU, 0, Reporter())
+    (oracle,) = (tmp_path / "store").glob("oracle-*")
+    assert load_checkpoint(oracle / "oracle.safetensors")[0].widths == (45, 32, 32, 20)
+    for student in (tmp_path / "store").glob("student-*"):
+        assert load_checkpoint(student / "epoch_0001.safetensors")[0].widths == (50, 35, 35, 22)
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert settings["oracle"] == "pretrained"  # the same words everywhere, not a path of this machine

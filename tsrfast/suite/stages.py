@@ -26,6 +26,7 @@ from tsrfast.data import Split
 from tsrfast.data.augment import Augment
 from tsrfast.errors import InputError
 from tsrfast.nets import (
+    PRETRAINED_ORACLE,
     ConvReLU,
     apply_masks,
     fold,
@@ -124,6 +125,11 @@ def make_oracle(lab: Lab, teacher: Artifact, ratios: tuple[float, ...], folder: 
     atomic_write(folder / "accuracy.json", json.dumps(accuracy))
 
 
+def oracle_file(name: str) -> Path:
+    """The file that `Preset.oracle` means."""
+    return PRETRAINED_ORACLE if name == "pretrained" else Path(name)
+
+
 def digest_of_oracle(path: str) -> str:
     """SHA-256 of the file.
 
@@ -131,7 +137,7 @@ def digest_of_oracle(path: str) -> str:
         InputError: there is none that can be read.
     """
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(oracle_file(path).read_bytes()).hexdigest()
     except OSError as e:
         raise InputError(f"--set oracle: must be a file, got {path!r}: {e.strerror or e}") from e
 
@@ -142,7 +148,7 @@ def read_oracle(lab: Lab, path: str) -> ConvReLU:
     Raises:
         InputError: not such a file, or not a `ConvReLU` of 4 convolutions for the data's images and classes.
     """
-    model, _ = load_checkpoint(path)
+    model, _ = load_checkpoint(oracle_file(path))
     wanted = (tuple(lab.data.train.images.shape[1:]), len(lab.data.classes), len(lab.preset.widths))
     if not isinstance(model, ConvReLU) or (model.image, model.classes, len(model.widths)) != wanted:
         image, classes, layers = wanted
