@@ -328,17 +328,4 @@ void full() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  try {
-    if (argc > 1 && std::string(argv[1]) == "full")
-      full();
-    else
-      small();
-  } catch (const std::exception& e) {
-    std::printf("%s: %s\n", where.c_str(), e.what());
-    return 1;
-  }
-  std::printf(failures ? "%d mismatches\n" : "all agree\n", failures);
-  return failures != 0;
-}
+int main(int argc, char** argv) { return run_checks(argc > 1 && std::string(argv[1]) == "full" ? full : small); }

@@ -103,4 +103,17 @@ struct Network {
 // For the CPU's chains.
 inline Memory room_of(const Network& net) { return memory<64>(chain_workspace(net.plan(), {})); }
 
+// What a check's main returns.
+inline int run_checks(void (*checks)()) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  try {
+    checks();
+  } catch (const std::exception& e) {
+    std::printf("%s: %s\n", where.c_str(), e.what());
+    return 1;
+  }
+  std::printf(failures ? "%d mismatches\n" : "all agree\n", failures);
+  return failures != 0;
+}
+
 }  // namespace check
