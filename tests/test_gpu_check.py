@@ -231,9 +231,9 @@ def test_installed_already(check):
 def test_a_part_that_hangs_is_ended_with_its_children(check, tmp_path):
     start = time.monotonic()
     status, record, _, said = check(
-        "ceilings", "race", "kernels", "--budget", "30", plan={"hang": ["oracle chain"]}, env={"SKIP_INSTALL": "1"}
+        "ceilings", "race", "kernels", "--budget", "20", plan={"hang": ["oracle chain"]}, env={"SKIP_INSTALL": "1"}
     )
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 60
     assert status == 1
     assert outcomes(record) == {"ceilings": "passed", "race": "timed out", "kernels": "passed"}
     assert record["race"]["oracle"]  # written before it hung

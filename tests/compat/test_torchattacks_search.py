@@ -58,14 +58,15 @@ def fallen(model, x, y):
     ],
 )
 def test_same_pixels_as_the_original(theirs, judged, name, options, atol):
-    """Where `atol` is 0, the same bits. Else one image may be off by more, up to 1e-3: ten steps of l2 APGD make 1e-9 into 4e-6 on one of these
-    images (in float64), and what float32 rounds differs between CPUs."""
+    """Of l2 APGD's images one may be off by more, up to 1e-3: ten steps make 1e-9 into 4e-6 on one of these in float64, and what float32
+    rounds differs between CPUs."""
     model, x, y = judged
     got, want = (getattr(lib, name)(model, **options)(x, y) for lib in (ours, theirs))
     assert fallen(model, got, y).sum() > 1
     off = (got - want).abs().flatten(1).amax(1)
-    assert (off > atol).sum() <= (atol > 0)
-    assert off.max() <= 100 * atol
+    one_free = name == "APGD" and options.get("norm") == "L2"
+    assert (off > atol).sum() <= one_free
+    assert off.max() <= (100 if one_free else 1) * atol
 
 
 @pytest.mark.parametrize(

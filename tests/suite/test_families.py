@@ -17,12 +17,7 @@ from tsrfast.suite.lab import Student
 from tsrfast.suite.modes import MODES
 from tsrfast.suite.report import figures, load_results, render
 
-# One of a single seed (the others have the same experiments), and those over several.
-RECORDS = [
-    path
-    for path in sorted((Path(__file__).resolve().parents[2] / "bench" / "records").glob("quick_*.json"))
-    if "seeds" in path.stem or path.stem.endswith("seed0")
-]
+RECORDS = sorted((Path(__file__).resolve().parents[2] / "bench" / "records").glob("quick_*.json"))
 
 
 def test_every_mode_is_in_one_family():

@@ -99,7 +99,7 @@ def test_shrunk_before_fine_tuning(tiny, tmp_path, tiny_settings):
     got, want = load_checkpoint(file)[0], tiny.lab.oracle_net
     assert got.widths == want.widths
     x = tiny.lab.data.test.pixels()
-    assert (got(x) - want(x)).abs().max() < 0.1 * want(x).abs().max()  # 1e-6 mostly; Adam makes 4e-3 of it for some seeds
+    assert (got(x) - want(x)).abs().max() < 0.02 * want(x).abs().max()
     assert file.read_bytes() != (tiny.lab.oracle.folder / "oracle.safetensors").read_bytes()
 
 
